@@ -1,0 +1,1 @@
+"""The training engine: pure torch, diffusers and peft; knows nothing of ComfyUI."""

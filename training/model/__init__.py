@@ -1,0 +1,1 @@
+"""The Lumina2 transformer, its names in other formats, and loading."""

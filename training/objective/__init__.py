@@ -1,0 +1,1 @@
+"""What the network learns: noise levels, noising, the velocity target and the loss."""
