@@ -1,0 +1,196 @@
+"""Our bridge and transformer against diffusers, transformers and ComfyUI, in fp32 on all sides."""
+
+import importlib
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Lumina2Transformer2DModel
+from safetensors.torch import load_file
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+TEXTS = ["red apple", "hatsune_miku_(vocaloid), a \\(b\\)", "embedding:thing (very:1.3)", ""]
+SIZES = {
+    "small": {"hidden_size": 256, "num_layers": 3, "num_attention_heads": 8, "num_kv_heads": 4, "multiple_of": 32},
+    "real width": {
+        "hidden_size": 2304,
+        "num_layers": 1,
+        "num_attention_heads": 24,
+        "num_kv_heads": 8,
+        "num_refiner_layers": 1,
+    },
+}
+AXES = {"small": (8, 12, 12), "real width": (32, 32, 32)}
+
+
+def tokenizer_model(folder):
+    import sentencepiece
+
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join([*TEXTS, "a red apple and a green pear, (one) of many", "<Prompt Start>"] * 5))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=330,
+        model_type="bpe",
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        bos_piece="<bos>",
+        eos_piece="<eos>",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+
+
+def random_transformer(size):
+    torch.manual_seed(0)
+    model = Lumina2Transformer2DModel(
+        sample_size=8, in_channels=16, cap_feat_dim=96, axes_dim_rope=AXES[size], **SIZES[size]
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(1 if weight.ndim == 1 and "bias" not in name else 0, 0.05)
+    return model
+
+
+@pytest.fixture(scope="module", params=list(SIZES))
+def pipeline(request, tmp_path_factory, plugin):
+    """A random Lumina2 in diffusers' layout, with fewer KV heads than heads, and ComfyUI's three objects of it."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    torch.manual_seed(1)
+    random_transformer(request.param).save_pretrained(folder / "transformer", max_shard_size="40MB")
+    gemma = Gemma2Config(
+        vocab_size=330,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=256,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
+    Gemma2Model(gemma).save_pretrained(folder / "text_encoder")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 64, 64),
+        latent_channels=16,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    ).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(shift=2.5).save_pretrained(folder / "scheduler")
+    (folder / "tokenizer").mkdir()
+    tokenizer_model(folder / "tokenizer")
+    bridge = importlib.import_module("lumina2_trainer.nodes.bridge")
+    with torch.inference_mode():
+        objects = bridge.load_pipeline(folder, "auto")
+    return folder, bridge, objects
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(2, 16, 8, 12, generator=generator)
+    captions = torch.randn(2, 9, 96, generator=generator)
+    return latents, torch.tensor([0.3, 0.8]), captions, (9, 5)
+
+
+def test_transformer_equals_diffusers_and_comfyui(pipeline):
+    folder, bridge, (model, _, _) = pipeline
+    latents, t, captions, lengths = inputs()
+    mask = torch.arange(9)[None] < torch.tensor(lengths)[:, None]
+    theirs = Lumina2Transformer2DModel.from_pretrained(folder / "transformer")
+    with torch.inference_mode():
+        ours = bridge.engine_transformer(model)
+    with torch.no_grad():
+        expected = theirs(latents, t, captions, mask, return_dict=False)[0]
+        result = ours(latents, t, captions, lengths)
+        # ComfyUI does not mask padding in its main layers: one caption at a time
+        native = torch.cat(
+            [
+                model.model.diffusion_model(latents[i : i + 1], 1 - t[i : i + 1], captions[i : i + 1, :n], n)
+                for i, n in enumerate(lengths)
+            ]
+        )
+    scale = expected.abs().max()
+    assert (result - expected).abs().max() < 2e-5 * scale
+    assert (result + native).abs().max() < 2e-5 * scale  # ComfyUI flips the sign
+    assert (result - ours(latents, t, captions, (9, 9))).abs().max() > 1e-3 * scale  # the lengths matter
+
+
+def test_engine_stands_on_comfyui_memory_and_passes_gradients(pipeline):
+    folder, bridge, (model, _, _) = pipeline
+    latents, t, captions, lengths = inputs()
+    with torch.inference_mode():
+        ours = bridge.engine_transformer(model)
+        native = model.model.diffusion_model.layers[0].attention.qkv.weight
+        assert native.is_inference()
+        with torch.inference_mode(False), torch.enable_grad():
+            latents, captions, t = latents.clone(), captions.clone(), t.clone()
+            assert ours.layers[0].attention.qkv.weight.data_ptr() == native.data_ptr()
+            assert not ours.layers[0].attention.qkv.weight.is_inference()
+            captions.requires_grad_()
+            ours(latents, t, captions, lengths).square().mean().backward()
+    theirs = Lumina2Transformer2DModel.from_pretrained(folder / "transformer")
+    reference = captions.detach().clone().requires_grad_()
+    mask = torch.arange(9)[None] < torch.tensor(lengths)[:, None]
+    theirs(latents, t, reference, mask, return_dict=False)[0].square().mean().backward()
+    assert (captions.grad - reference.grad).abs().max() < 1e-4 * reference.grad.abs().max()
+    assert captions.grad[1, 5:].abs().max() == 0  # padding takes no part
+
+
+def test_text_embeddings_equal_transformers(pipeline):
+    folder, bridge, (_, clip, _) = pipeline
+    encoder = Gemma2Model.from_pretrained(folder / "text_encoder").eval()
+    tokenizer = GemmaTokenizer.from_pretrained(folder / "tokenizer", add_bos_token=True)
+    for text in TEXTS:
+        with torch.inference_mode():
+            embedding, cut = bridge.embed_text(clip, text)
+            ids = torch.tensor([tokenizer(text).input_ids])
+            expected = encoder(ids, output_hidden_states=True).hidden_states[-2][0]
+        assert not cut
+        assert embedding.shape == expected.shape, text
+        assert (embedding - expected).abs().max() < 5e-5 * expected.abs().max()
+    with torch.inference_mode():
+        assert bridge.embed_text(clip, "red apple " * 400, 999)[0].shape[0] == 299
+
+
+def test_vae_and_sampling_settings_come_from_the_folder(pipeline):
+    folder, _, (model, _, vae) = pipeline
+    theirs = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    pictures = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        latents = vae.encode(pictures)
+        expected = theirs.encode(pictures.movedim(-1, 1) * 2 - 1).latent_dist.mean
+        restored = vae.decode(expected)
+        decoded = (theirs.decode(expected).sample.clamp(-1, 1) + 1) / 2
+    assert (latents - expected).abs().max() < 2e-5
+    assert (restored.movedim(-1, 1) - decoded).abs().max() < 2e-5
+    assert model.model.process_latent_in(torch.ones(1)).item() == pytest.approx((1 - 0.25) * 0.5)
+    assert model.model.model_sampling.shift == 2.5
+
+    import comfy.latent_formats
+    import comfy.supported_models
+
+    assert comfy.supported_models.Lumina2.sampling_settings["shift"] == 6.0  # set on the instance alone
+    assert comfy.latent_formats.Flux().scale_factor == 0.3611
+
+
+def test_a_model_of_another_family_is_refused_by_name(pipeline):
+    folder, bridge, (model, _, _) = pipeline
+
+    class SDXL:
+        diffusion_model = None
+
+    wired = model.clone()
+    wired.model = SDXL()
+    with pytest.raises(bridge.ModelError, match="MODEL is a SDXL; a Lumina2 is needed"):
+        bridge.engine_transformer(wired)
+    weights = load_file(next((folder / "vae").glob("*.safetensors")))
+    with pytest.raises(bridge.ModelError, match="lacks the weight"):
+        bridge.from_diffusers(weights, ["x_embedder.weight"])
