@@ -194,3 +194,25 @@ def test_a_model_of_another_family_is_refused_by_name(pipeline):
     weights = load_file(next((folder / "vae").glob("*.safetensors")))
     with pytest.raises(bridge.ModelError, match="lacks the weight"):
         bridge.from_diffusers(weights, ["x_embedder.weight"])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_sampler_equals_ksampler(pipeline, guidance):
+    _, bridge, (model, clip, _) = pipeline
+    sampler = importlib.import_module("lumina2_trainer.training.sample.euler")
+    sigmas = importlib.import_module("lumina2_trainer.training.objective.sigmas")
+    import comfy.sample
+
+    with torch.inference_mode():
+        texts = [bridge.embed_text(clip, text)[0] for text in ("red apple and a pear", "")]
+        positive, negative = ([[text[None].clone(), {}]] for text in texts)
+        empty = torch.zeros(1, 16, 8, 12)
+        noise = comfy.sample.prepare_noise(empty, 7)
+        settings = (8, guidance, "euler", "simple", positive, negative, empty)
+        native = comfy.sample.sample(model, noise, *settings, disable_pbar=True)
+        velocity = sampler.guided_velocity(bridge.engine_transformer(model), *texts, guidance)
+        shift = model.model.model_sampling.shift
+        ours = sampler.sample_euler(velocity, noise, sigmas.sampling_sigmas(8, shift))
+        ours = model.model.process_latent_out(ours)
+    assert (ours - native).abs().max() < 1e-3 * native.abs().max()
+    assert (ours - native).abs().mean() < 1e-4 * native.abs().mean()
