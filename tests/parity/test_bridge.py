@@ -216,3 +216,43 @@ def test_sampler_equals_ksampler(pipeline, guidance):
         ours = model.model.process_latent_out(ours)
     assert (ours - native).abs().max() < 1e-3 * native.abs().max()
     assert (ours - native).abs().mean() < 1e-4 * native.abs().mean()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_sampler_equals_diffusers_pipeline(pipeline, guidance):
+    from diffusers import Lumina2Pipeline
+
+    folder, bridge, (model, clip, _) = pipeline
+    sampler = importlib.import_module("lumina2_trainer.training.sample.euler")
+    sigmas = importlib.import_module("lumina2_trainer.training.objective.sigmas")
+    with torch.inference_mode():
+        positive, negative = (bridge.embed_text(clip, text)[0] for text in ("red apple and a pear", ""))
+    theirs = Lumina2Pipeline(
+        transformer=Lumina2Transformer2DModel.from_pretrained(folder / "transformer"),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=Gemma2Model.from_pretrained(folder / "text_encoder"),
+        tokenizer=GemmaTokenizer.from_pretrained(folder / "tokenizer", add_bos_token=True),
+    )
+    theirs.set_progress_bar_config(disable=True)
+    padded = torch.zeros_like(positive)
+    padded[: len(negative)] = negative
+    noise = torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(7))
+    expected = theirs(
+        prompt_embeds=positive[None],
+        prompt_attention_mask=torch.ones(1, len(positive), dtype=torch.bool),
+        negative_prompt_embeds=padded[None],
+        negative_prompt_attention_mask=torch.arange(len(positive))[None] < len(negative),
+        latents=noise,
+        height=64,
+        width=96,
+        num_inference_steps=8,
+        guidance_scale=guidance,
+        cfg_normalization=False,
+        output_type="latent",
+    ).images
+    with torch.inference_mode():
+        velocity = sampler.guided_velocity(bridge.engine_transformer(model), positive, negative, guidance)
+        ours = sampler.sample_euler(velocity, noise, sigmas.sampling_sigmas(8, 2.5))
+    assert (ours - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert (ours - expected).abs().mean() < 1e-4 * expected.abs().mean()
