@@ -124,6 +124,9 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
 
 
 def load_vae(folder: Path) -> comfy.sd.VAE:
+    weights = _read_weights(folder / "vae")
+    if "post_quant_conv.weight" not in weights:  # the Flux VAE of Lumina-Image-2.0: ComfyUI knows it by itself
+        return comfy.sd.VAE(sd=weights)
     config = read_json(folder / "vae" / "config.json")
     widths = config["block_out_channels"]
     layout = {
@@ -138,9 +141,6 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
         "attn_resolutions": [],
         "dropout": 0.0,
     }
-    weights = _read_weights(folder / "vae")
-    if "post_quant_conv.weight" not in weights:  # the Flux VAE of Lumina-Image-2.0: ComfyUI knows it by itself
-        return comfy.sd.VAE(sd=weights)
     described = {"params": {"ddconfig": layout, "embed_dim": config["latent_channels"]}}
     vae = comfy.sd.VAE(sd=weights, config=described)
     vae.latent_channels = config["latent_channels"]
@@ -168,11 +168,11 @@ def engine_transformer(model: comfy.model_patcher.ModelPatcher) -> Lumina2Transf
 
 def transformer_config(model: comfy.model_patcher.ModelPatcher) -> TransformerConfig:
     """The measures of a MODEL; a sentence says what was wired where it is not a Lumina2."""
-    kind = type(model.model).__name__
+    lumina = isinstance(model.model, comfy.model_base.Lumina2)
     network = getattr(model.model, "diffusion_model", None)
-    if not isinstance(model.model, comfy.model_base.Lumina2) or getattr(network, "pad_tokens_multiple", None):
-        if isinstance(model.model, comfy.model_base.Lumina2):
-            kind = "Z-Image"
+    z_image = lumina and getattr(network, "pad_tokens_multiple", None)  # ComfyUI has one class for both
+    if z_image or not lumina:
+        kind = "Z-Image" if z_image else type(model.model).__name__
         raise ModelError(f"MODEL is a {kind}; a Lumina2 is needed (Lumina-Image-2.0 or a fine-tune of it).")
     block = network.layers[0]
     return TransformerConfig(

@@ -40,12 +40,8 @@ def new_vae() -> AutoencoderKL:
 
 def loss_of(pictures: Tensor, restored: Tensor, kl: Tensor) -> Tensor:
     """Detail, edges and, at an eighth of the size, colours (without that last term colours fade)."""
-
-    def edges(x: Tensor, dim: int) -> Tensor:
-        return x.diff(dim=dim)
-
     error = restored - pictures
-    gradient = edges(error, 3).abs().mean() + edges(error, 2).abs().mean()
+    gradient = error.diff(dim=3).abs().mean() + error.diff(dim=2).abs().mean()
     half, eighth = F.avg_pool2d(error, 2).abs().mean(), F.avg_pool2d(error, 8).abs().mean()
     return error.abs().mean() + 2 * error.square().mean() + 0.5 * half + eighth + 0.5 * gradient + 1e-6 * kl
 

@@ -1,6 +1,8 @@
 """Our bridge and transformer against diffusers, transformers and ComfyUI, in fp32 on all sides."""
 
 import importlib
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Lumina2Tra
 from safetensors.torch import load_file
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
+NANO = Path(__file__).resolve().parents[2] / "assets" / "nano"
 TEXTS = ["red apple", "hatsune_miku_(vocaloid), a \\(b\\)", "embedding:thing (very:1.3)", ""]
 SIZES = {
     "small": {"hidden_size": 256, "num_layers": 3, "num_attention_heads": 8, "num_kv_heads": 4, "multiple_of": 32},
@@ -20,30 +23,6 @@ SIZES = {
     },
 }
 AXES = {"small": (8, 12, 12), "real width": (32, 32, 32)}
-
-
-def tokenizer_model(folder):
-    import sentencepiece
-
-    corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join([*TEXTS, "a red apple and a green pear, (one) of many", "<Prompt Start>"] * 5))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=330,
-        model_type="bpe",
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        bos_piece="<bos>",
-        eos_piece="<eos>",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        byte_fallback=True,
-        minloglevel=2,
-    )
 
 
 def random_transformer(size):
@@ -64,7 +43,7 @@ def pipeline(request, tmp_path_factory, plugin):
     torch.manual_seed(1)
     random_transformer(request.param).save_pretrained(folder / "transformer", max_shard_size="40MB")
     gemma = Gemma2Config(
-        vocab_size=330,
+        vocab_size=4000,
         hidden_size=96,
         intermediate_size=192,
         num_hidden_layers=3,
@@ -86,7 +65,7 @@ def pipeline(request, tmp_path_factory, plugin):
     ).save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler(shift=2.5).save_pretrained(folder / "scheduler")
     (folder / "tokenizer").mkdir()
-    tokenizer_model(folder / "tokenizer")
+    shutil.copy(NANO / "tokenizer" / "tokenizer.model", folder / "tokenizer")
     bridge = importlib.import_module("lumina2_trainer.nodes.bridge")
     with torch.inference_mode():
         objects = bridge.load_pipeline(folder, "auto")
@@ -196,11 +175,17 @@ def test_a_model_of_another_family_is_refused_by_name(pipeline):
         bridge.from_diffusers(weights, ["x_embedder.weight"])
 
 
+def draw(bridge, model, texts, guidance, noise):
+    """Our sampler's latents, in the transformer's units, along the MODEL's own schedule."""
+    sampler = importlib.import_module("lumina2_trainer.training.sample.euler")
+    sigmas = importlib.import_module("lumina2_trainer.training.objective.sigmas")
+    velocity = sampler.guided_velocity(bridge.engine_transformer(model), *texts, guidance)
+    return sampler.sample_euler(velocity, noise, sigmas.sampling_sigmas(8, model.model.model_sampling.shift))
+
+
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_sampler_equals_ksampler(pipeline, guidance):
     _, bridge, (model, clip, _) = pipeline
-    sampler = importlib.import_module("lumina2_trainer.training.sample.euler")
-    sigmas = importlib.import_module("lumina2_trainer.training.objective.sigmas")
     import comfy.sample
 
     with torch.inference_mode():
@@ -210,10 +195,7 @@ def test_sampler_equals_ksampler(pipeline, guidance):
         noise = comfy.sample.prepare_noise(empty, 7)
         settings = (8, guidance, "euler", "simple", positive, negative, empty)
         native = comfy.sample.sample(model, noise, *settings, disable_pbar=True)
-        velocity = sampler.guided_velocity(bridge.engine_transformer(model), *texts, guidance)
-        shift = model.model.model_sampling.shift
-        ours = sampler.sample_euler(velocity, noise, sigmas.sampling_sigmas(8, shift))
-        ours = model.model.process_latent_out(ours)
+        ours = model.model.process_latent_out(draw(bridge, model, texts, guidance, noise))
     assert (ours - native).abs().max() < 1e-3 * native.abs().max()
     assert (ours - native).abs().mean() < 1e-4 * native.abs().mean()
 
@@ -223,8 +205,6 @@ def test_sampler_equals_diffusers_pipeline(pipeline, guidance):
     from diffusers import Lumina2Pipeline
 
     folder, bridge, (model, clip, _) = pipeline
-    sampler = importlib.import_module("lumina2_trainer.training.sample.euler")
-    sigmas = importlib.import_module("lumina2_trainer.training.objective.sigmas")
     with torch.inference_mode():
         positive, negative = (bridge.embed_text(clip, text)[0] for text in ("red apple and a pear", ""))
     theirs = Lumina2Pipeline(
@@ -252,7 +232,6 @@ def test_sampler_equals_diffusers_pipeline(pipeline, guidance):
         output_type="latent",
     ).images
     with torch.inference_mode():
-        velocity = sampler.guided_velocity(bridge.engine_transformer(model), positive, negative, guidance)
-        ours = sampler.sample_euler(velocity, noise, sigmas.sampling_sigmas(8, 2.5))
+        ours = draw(bridge, model, (positive, negative), guidance, noise)
     assert (ours - expected).abs().max() < 1e-3 * expected.abs().max()
     assert (ours - expected).abs().mean() < 1e-4 * expected.abs().mean()
