@@ -1,0 +1,1 @@
+"""A training run: its identity, its folder, its loop."""

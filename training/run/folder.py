@@ -1,0 +1,69 @@
+"""The folders of runs, and the ``run.json`` in each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """What ``run.json`` says of a run."""
+
+    name: str  # as asked for; several runs may carry it
+    folder: str  # its own, and its LoRA file's name
+    identity: str
+    status: str  # running, finished, stopped, interrupted or failed
+    step: int  # steps trained
+    target: int  # steps asked for
+    continue_token: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    model: str = ""  # the MODEL's fingerprint
+    start: str = ""  # the checkpoint it started from, where it was not the base model
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunStore:
+    """All runs under one folder, and where their LoRA files go."""
+
+    root: Path
+    loras: Path
+
+    def path(self, run: Run) -> Path:
+        return self.root / run.folder
+
+    def lora(self, folder: str) -> Path:
+        return self.loras / f"{folder}.safetensors"
+
+    def save(self, run: Run) -> Run:
+        write_json(self.path(run) / "run.json", asdict(run))
+        return run
+
+    def family(self, name: str) -> list[Run]:
+        """Every run that carries the name, the oldest folder name first."""
+        found = (self.read(path.parent.name) for path in sorted(self.root.glob("*/run.json")))
+        return [run for run in found if run and run.name == name]
+
+    def read(self, folder: str) -> Run | None:
+        """A run by its folder; None where there is none or its file is damaged (no file of it is ever replaced)."""
+        known = {f.name for f in fields(Run)}
+        try:
+            content = read_json(self.root / folder / "run.json")
+            return Run(**{k: v for k, v in content.items() if k in known} | {"folder": folder})
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError):
+            return None
+
+    def free_folder(self, name: str) -> str:
+        """The first of ``name``, ``name-2``, … that neither a folder nor a LoRA file has, compared without case."""
+        taken = {path.name.casefold() for path in self.root.glob("*")}
+        taken |= {path.stem.casefold() for path in self.loras.glob("*.safetensors")}
+        number, folder = 1, name
+        while folder.casefold() in taken:
+            number += 1
+            folder = f"{name}-{number}"
+        return folder
