@@ -2,9 +2,22 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .cache import Lumina2CacheLatents, Lumina2CacheTextEmbeds
+from .dataset import Lumina2LoadDataset
 from .loader import Lumina2LoadDiffusers
+from .settings import Lumina2LoRASettings
+from .train import TrainLumina2LoRA
+from .validate import Lumina2ValidateSample
 
 
 class Lumina2Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [Lumina2LoadDiffusers]
+        return [
+            Lumina2LoadDiffusers,
+            Lumina2LoadDataset,
+            Lumina2CacheLatents,
+            Lumina2CacheTextEmbeds,
+            Lumina2LoRASettings,
+            TrainLumina2LoRA,
+            Lumina2ValidateSample,
+        ]

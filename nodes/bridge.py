@@ -23,8 +23,10 @@ from torch import Tensor
 from ..training.errors import ModelError
 from ..training.files import read_json
 from ..training.model.config import MAX_CAPTION_TOKENS, TransformerConfig
+from ..training.model.fingerprint import fingerprint
 from ..training.model.keys import from_diffusers
 from ..training.model.transformer import Lumina2Transformer
+from ..training.model.vae import diffusers_vae
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _FLOAT_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -164,6 +166,41 @@ def engine_transformer(model: comfy.model_patcher.ModelPatcher) -> Lumina2Transf
             if weight.dtype not in _FLOAT_WEIGHTS:
                 raise ModelError(f"MODEL is quantised ({name} is {weight.dtype}). Load it in bf16, fp16 or fp32.")
         return Lumina2Transformer.from_weights(config, shared)
+
+
+def trainable_transformer(model: comfy.model_patcher.ModelPatcher) -> Lumina2Transformer:
+    """``engine_transformer`` with all else released from the device, in a precision that gradients are fast in.
+
+    A CPU without bf16 instructions takes hundreds of times longer for half-precision gradients: there the weights
+    are copied to fp32, and only there is a second copy.
+    """
+    transformer_config(model)
+    comfy.model_management.unload_all_models()
+    transformer = engine_transformer(model)
+    on_cpu = transformer.x_embedder.weight.device.type == "cpu"
+    if on_cpu and not (transformer.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        with torch.inference_mode(False):
+            return transformer.float()
+    return transformer
+
+
+def vae_fingerprint(vae: comfy.sd.VAE) -> str:
+    """One VAE has one fingerprint, whatever loader it comes from."""
+    comfy.model_management.load_models_gpu([vae.patcher])
+    return fingerprint(diffusers_vae(vae.first_stage_model.state_dict().items()).items())
+
+
+def clip_fingerprint(clip: comfy.sd.CLIP) -> str:
+    """The text encoder's weights as they are in effect, under transformers' names.
+
+    Raises:
+        ModelError: CLIP is not Lumina2's.
+    """
+    encoder = getattr(clip.cond_stage_model, _GEMMA, None)
+    if encoder is None:
+        raise ModelError("CLIP is not Lumina2's. Load one of type lumina2 (a Gemma2).")
+    clip.load_model()
+    return fingerprint((name.removeprefix("model."), w) for name, w in encoder.transformer.state_dict().items())
 
 
 def transformer_config(model: comfy.model_patcher.ModelPatcher) -> TransformerConfig:

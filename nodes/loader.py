@@ -7,13 +7,14 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from .places import ASSETS
+
 NANO = "lumina2-nano (bundled)"
-_BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "nano"
 
 
 def model_folders() -> dict[str, Path]:
     """What the loader offers: every folder with a ``model_index.json`` under ``models/diffusers``, and the nano."""
-    found = {NANO: _BUNDLED}
+    found = {NANO: ASSETS}
     for root in map(Path, folder_paths.get_folder_paths("diffusers")):
         for index in sorted(root.rglob("model_index.json")):
             found[index.parent.relative_to(root).as_posix()] = index.parent

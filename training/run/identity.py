@@ -65,10 +65,10 @@ def decide(store: RunStore, name: str, identity: str, steps: int, continue_token
         taken = f" ({name} is another training, left as it is)" if folder != name else ""
         return Decision(None, folder, False, None, f"training into {folder}{taken}")
     checkpoint = newest_checkpoint(store.path(run))
-    trained = run.step
+    trained = run.step if checkpoint or store.lora(run.folder).exists() else 0  # what was deleted is not there
     if trained >= steps:
         return Decision(run, run.folder, True, checkpoint, f"already trained: {trained} steps, {steps} asked")
-    if run.status == "stopped" and steps <= run.target and continue_token <= run.continue_token:
+    if trained and run.status == "stopped" and steps <= run.target and continue_token <= run.continue_token:
         return Decision(run, run.folder, True, checkpoint, f"stopped and kept at step {trained}")
     if checkpoint is None:
         return Decision(run, run.folder, False, None, "no checkpoint was written: starting over in the same folder")

@@ -110,6 +110,15 @@ class Losses:
         Raises:
             RunError: the last few losses are not finite.
         """
+        self.save()
+        last = self.values[-BAD_STEPS_IN_A_ROW:]
+        if len(last) == BAD_STEPS_IN_A_ROW and not any(map(math.isfinite, last)):
+            raise RunError(
+                f"The loss is not a number for {BAD_STEPS_IN_A_ROW} steps in a row. Lower the learning rate, or load "
+                "the model in bf16 or fp32 if it is in fp16; the weights before are kept."
+            )
+
+    def save(self) -> None:
         if not self._pending:
             return
         read = torch.stack([loss for _, _, loss in self._pending]).tolist()
@@ -127,12 +136,6 @@ class Losses:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(event) + "\n" for event in events))
-        last = self.values[-BAD_STEPS_IN_A_ROW:]
-        if len(last) == BAD_STEPS_IN_A_ROW and not any(map(math.isfinite, last)):
-            raise RunError(
-                f"The loss is not a number for {BAD_STEPS_IN_A_ROW} steps in a row. Lower the learning rate, or load "
-                "the model in bf16 or fp32 if it is in fp16; the weights before are kept."
-            )
 
     def recent(self, steps: int = 20) -> float:
         """The mean of the last finite losses; not a number before there is one."""

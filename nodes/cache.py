@@ -1,0 +1,119 @@
+"""The caches: pictures to latents, captions to embeddings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..training.cache.latents import cache_latents
+from ..training.cache.texts import cache_texts
+from ..training.data.dataset import Dataset
+from ..training.data.prompts import SYSTEM_PROMPTS
+from ..training.model.config import MAX_CAPTION_TOKENS
+from .places import cache
+from .progress import Progress
+from .sockets import DatasetSocket, EmbedsSocket, LatentsSocket
+
+
+class Lumina2CacheLatents(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Lumina2CacheLatents",
+            display_name="Cache Latents",
+            category="Lumina2",
+            description="Encodes the pictures with the VAE, once each, and keeps the latents on disk.",
+            inputs=[
+                DatasetSocket.Input("dataset", tooltip="The pictures to encode."),
+                io.Vae.Input("vae", tooltip="The VAE of the model that will be trained."),
+                io.Int.Input(
+                    "batch_size",
+                    default=4,
+                    min=1,
+                    max=256,
+                    tooltip="Pictures encoded at a time; lower it if memory is short.",
+                ),
+            ],
+            outputs=[LatentsSocket.Output(display_name="latents")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: object) -> bool:
+        return Path(cache("latents").folder).is_dir()  # a cache that was deleted is made again
+
+    @classmethod
+    def execute(cls, dataset: Dataset, vae: Any, batch_size: int) -> io.NodeOutput:
+        from .bridge import vae_fingerprint
+
+        progress = Progress(cls.hidden.unique_id)
+        progress.say("reading the VAE")
+        latents = cache_latents(
+            dataset,
+            vae.encode,
+            vae_fingerprint(vae),
+            cache("latents"),
+            batch_size,
+            lambda done, total: progress.step(done, f"encoding picture {done} of {total}", total),
+        )
+        skipped = f"; {len(latents.skipped)} skipped: {latents.skipped[0]}" if latents.skipped else ""
+        progress.say(f"{len(latents.entries)} latents{skipped}")
+        return io.NodeOutput(latents)
+
+
+class Lumina2CacheTextEmbeds(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Lumina2CacheTextEmbeds",
+            display_name="Cache Text Embeds",
+            category="Lumina2",
+            description="Encodes the captions with the text encoder, once each, and keeps them on disk.",
+            inputs=[
+                DatasetSocket.Input("dataset", tooltip="The captions to encode."),
+                io.Clip.Input("clip", tooltip="Lumina2's text encoder (a Gemma2)."),
+                io.Combo.Input(
+                    "system_prompt",
+                    options=list(SYSTEM_PROMPTS),
+                    tooltip="What stands before every caption. Use the same when you draw with the LoRA.",
+                ),
+                io.Int.Input(
+                    "max_tokens",
+                    default=256,
+                    min=1,
+                    max=MAX_CAPTION_TOKENS,
+                    tooltip="Longer captions are cut, and named. 256 is Lumina2's own limit.",
+                ),
+            ],
+            outputs=[EmbedsSocket.Output(display_name="embeds")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: object) -> bool:
+        return Path(cache("text").folder).is_dir()
+
+    @classmethod
+    def execute(cls, dataset: Dataset, clip: Any, system_prompt: str, max_tokens: int) -> io.NodeOutput:
+        from .bridge import clip_fingerprint, embed_text
+
+        progress = Progress(cls.hidden.unique_id)
+        progress.say("reading the text encoder")
+        embeds = cache_texts(
+            dataset,
+            lambda text: embed_text(clip, text, max_tokens),
+            clip_fingerprint(clip),
+            SYSTEM_PROMPTS[system_prompt],
+            max_tokens,
+            cache("text"),
+            lambda done, total: progress.step(done, f"encoding caption {done} of {total}", total),
+        )
+        cut = f"; {len(embeds.cut)} cut to {max_tokens} tokens, first: {embeds.cut[0][-60:]}" if embeds.cut else ""
+        progress.say(f"captions of {len(embeds.entries)} pictures{cut}")
+        return io.NodeOutput(embeds)

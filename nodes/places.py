@@ -1,0 +1,48 @@
+"""Where things lie in ComfyUI's folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+from ..training.cache.store import Store
+from ..training.errors import RunError
+from ..training.run.folder import RunStore
+
+SUBFOLDER = "lumina2"  # of output and of models/loras
+BUNDLED = {
+    "bundled: nano-style": "style",
+    "bundled: nano-style-heldout": "style_heldout",
+    "bundled: nano-concept": "concept",
+}
+ASSETS = Path(__file__).resolve().parent.parent / "assets" / "nano"
+
+
+def dataset_folder(named: str) -> Path:
+    """A folder as written in the widget: bundled, absolute, or under ComfyUI's input folder."""
+    named = named.strip().strip('"')
+    if named in BUNDLED:
+        return ASSETS / BUNDLED[named]
+    return Path(folder_paths.get_input_directory()) / Path(named).expanduser()
+
+
+def cache(kind: str) -> Store:
+    return Store(str(Path(folder_paths.get_output_directory(), SUBFOLDER, ".cache", kind)))
+
+
+def runs() -> RunStore:
+    loras = Path(folder_paths.get_folder_paths("loras")[0])
+    return RunStore(Path(folder_paths.get_output_directory(), SUBFOLDER), loras / SUBFOLDER)
+
+
+def lora_file(name: str) -> Path:
+    """A LoRA by its name under models/loras.
+
+    Raises:
+        RunError: there is none of this name.
+    """
+    path = folder_paths.get_full_path("loras", name)
+    if not path:
+        raise RunError(f"There is no LoRA {name!r} under models/loras. Choose one that a LoraLoader lists.")
+    return Path(path)

@@ -1,0 +1,10 @@
+"""Our own socket types; each carries a frozen handle of ids and paths, never pixels or weights."""
+
+from comfy_api.latest import io
+
+DatasetSocket = io.Custom("LUMINA2_DATASET")
+LatentsSocket = io.Custom("LUMINA2_LATENTS")
+EmbedsSocket = io.Custom("LUMINA2_EMBEDS")
+AdapterSocket = io.Custom("LUMINA2_ADAPTER")
+LoraModelSocket = io.Custom("LORA_MODEL")  # ComfyUI's own
+LossMapSocket = io.Custom("LOSS_MAP")  # ComfyUI's own

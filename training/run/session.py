@@ -1,0 +1,204 @@
+"""One LoRA training from the settings to the file: looked up, started or continued, and kept whatever happens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from ..adapter.files import check_lora, comfyui_lora, read_lora, write_lora
+from ..adapter.lora import add_lora
+from ..cache.latents import LatentCache
+from ..cache.texts import TextCache
+from ..config.settings import RESUME, TrainSettings, check_run_name
+from ..errors import Lumina2Error, RunError, SettingError
+from ..model.fingerprint import transformer_fingerprint
+from ..model.transformer import Lumina2Transformer
+from .batches import Batches
+from .checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from .folder import Run, RunStore
+from .identity import data_identity, decide, run_identity
+from .loop import Losses, TrainState, new_state, read_losses, train
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which run is meant, beside the settings that decide its weights."""
+
+    name: str
+    resume: str = "continue"
+    checkpoint: str = ""  # "<run>/checkpoint-400", where resume is "from checkpoint"
+    continue_token: int = 0
+    attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave: its LoRA under ComfyUI's names and its losses, step by step."""
+
+    run: Run
+    lora: dict[str, Tensor]
+    losses: list[float]
+    message: str
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """How a training talks while it runs."""
+
+    say: Callable[[str], None]
+    before_step: Callable[[int, float], None]  # (steps done, recent loss); what it raises ends the training there
+
+
+def train_lora(
+    transformer: Lumina2Transformer,
+    latents: LatentCache,
+    texts: TextCache,
+    settings: TrainSettings,
+    request: Request,
+    store: RunStore,
+    scale_latents: Callable[[Tensor], Tensor],
+    watcher: Watcher,
+) -> Outcome:
+    """Train, go on training, or hand out what was trained before (see ``identity.decide``).
+
+    The transformer's frozen weights stay as they are; the object itself carries the adapter afterwards.
+    Whatever ends the training early leaves a checkpoint, the LoRA so far and a true ``run.json``, and is raised again.
+
+    Raises:
+        SettingError, RunError, ModelError: the run cannot start; nothing was written.
+    """
+    name = check_run_name(request.name)
+    start = _start(store, request, settings.steps)
+    model = transformer_fingerprint(transformer.state_dict().items(), transformer.config)
+    identity = run_identity(settings, data_identity(latents, texts), model, request.attempt, start)
+    modules = {n: m.weight for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+    decision = decide(store, name, identity, settings.steps, request.continue_token)
+    notes = [decision.message, *_differences(store, start, settings)]
+    watcher.say("; ".join(notes))
+    events = store.root / decision.folder / "events.jsonl"
+    if decision.done and decision.run:
+        lora = _trained_lora(store, decision.run, decision.checkpoint, modules)
+        return Outcome(decision.run, lora, read_losses(events, decision.run.step), decision.message)
+
+    with Batches(latents, texts, settings, scale_latents) as batches:
+        weights = add_lora(transformer, settings.lora, settings.seed)
+        state = new_state(weights, settings)
+        checkpoint = decision.checkpoint or start
+        if checkpoint:
+            load_checkpoint(checkpoint, weights, state.optimizer)
+            state.step = checkpoint.step
+        run = Run(
+            name=name,
+            folder=decision.folder,
+            identity=identity,
+            status="running",
+            step=state.step,
+            target=settings.steps,
+            continue_token=request.continue_token,
+            settings=settings.written(),
+            model=model,
+            start=f"{start.path.parent.name}/{start.path.name}" if start else "",
+            notes=tuple(notes),
+        )
+        store.save(run)
+        losses = Losses(events, settings.learning_rate, read_losses(events, state.step))
+        first = state.step
+
+        def keep(state: TrainState, status: str = "running") -> Run:
+            """A checkpoint, and the run's file that says so; at the end the LoRA too."""
+            lora, metadata = comfyui_lora(state.weights, settings.lora.scale), _metadata(run, settings, state.step)
+            save_checkpoint(store.path(run), identity, state.step, state.weights, state.optimizer, lora, metadata)
+            remove_old_checkpoints(store.path(run), settings.checkpoints_total_limit)
+            if status != "running":
+                write_lora(store.lora(run.folder), lora, modules, metadata)
+            return store.save(replace(run, status=status, step=state.step))
+
+        def before_step(done: int) -> None:
+            watcher.before_step(done, losses.recent())
+
+        try:
+            train(transformer, state, batches, settings, losses, before_step, keep)
+        except BaseException as error:
+            status = "failed" if isinstance(error, Lumina2Error) else "interrupted"
+            if state.step > first:
+                losses.save()
+                keep(state, status)
+            else:
+                store.save(replace(run, status=status))
+            raise
+        run = keep(state, "finished")
+    return Outcome(run, comfyui_lora(weights, settings.lora.scale), losses.values, "; ".join(notes))
+
+
+def _start(store: RunStore, request: Request, steps: int) -> Checkpoint | None:
+    """The checkpoint that was named to start from."""
+    if request.resume not in RESUME:
+        raise SettingError(f"resume is {request.resume!r}; choose one of {', '.join(RESUME)}.")
+    if request.resume == "continue":
+        return None
+    path = (store.root / request.checkpoint.strip()).resolve()
+    inside = request.checkpoint.strip() and path.is_relative_to(store.root.resolve())
+    found = (read_checkpoint(path) or newest_checkpoint(path)) if inside else None
+    if not found:
+        there = sorted(p.parent.relative_to(store.root).as_posix() for p in store.root.glob("*/*/checkpoint.json"))
+        raise RunError(
+            f"There is no checkpoint {request.checkpoint!r} under {store.root}. "
+            + (f"There are: {', '.join(there)}." if there else "Train a run first, or set resume to continue.")
+        )
+    if found.step >= steps:
+        raise SettingError(f"The checkpoint has {found.step} steps already; set steps above that, not {steps}.")
+    return found
+
+
+def _differences(store: RunStore, start: Checkpoint | None, settings: TrainSettings) -> list[str]:
+    """What is set otherwise than in the run that a checkpoint comes from."""
+    before = store.read(start.path.parent.name) if start else None
+    if not before:
+        return []
+    now = json.loads(json.dumps(settings.written()))
+    return [f"{key}: {before.settings[key]} → {v}" for key, v in now.items() if before.settings.get(key, v) != v]
+
+
+def _trained_lora(
+    store: RunStore, run: Run, checkpoint: Checkpoint | None, modules: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The run's LoRA file, written again from its newest checkpoint where it is missing."""
+    path = store.lora(run.folder)
+    if not path.exists() and checkpoint:
+        from safetensors import safe_open
+
+        with safe_open(checkpoint.lora, framework="pt") as file:
+            metadata = file.metadata()
+        write_lora(path, read_lora(checkpoint.lora), modules, metadata)
+    lora = read_lora(path)
+    check_lora(lora, modules, str(path))
+    return lora
+
+
+def _metadata(run: Run, settings: TrainSettings, step: int) -> dict[str, str]:
+    """What a LoRA file says of itself, in the field's own keys."""
+    lora = settings.lora
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "lumina-2/lora",
+        "modelspec.title": run.folder,
+        "modelspec.prediction_type": "flow",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(lora.rank),
+        "ss_network_alpha": str(lora.alpha or lora.rank),
+        "ss_steps": str(step),
+        "ss_learning_rate": str(settings.learning_rate),
+        "ss_seed": str(settings.seed),
+        "lumina2_trainer.settings": json.dumps(settings.written()),
+        "lumina2_trainer.identity": run.identity,
+    }
