@@ -44,8 +44,8 @@ class Sampler:
     def _draw(self, epoch: int) -> np.ndarray:
         batches = []
         for number, group in enumerate(self._groups):
-            order = np.random.default_rng([self.seed, epoch, number]).permutation(group)
+            order = np.random.default_rng([self.seed, epoch, number + 1]).permutation(group)
             rows = -(-len(group) // self.batch_size)
             batches.append(np.resize(order, (rows, self.batch_size)))
         stacked = np.concatenate(batches)
-        return stacked[np.random.default_rng([self.seed, epoch]).permutation(len(stacked))]
+        return stacked[np.random.default_rng([self.seed, epoch, 0]).permutation(len(stacked))]
