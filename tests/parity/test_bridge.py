@@ -235,3 +235,98 @@ def test_sampler_equals_diffusers_pipeline(pipeline, guidance):
         ours = draw(bridge, model, (positive, negative), guidance, noise)
     assert (ours - expected).abs().max() < 1e-3 * expected.abs().max()
     assert (ours - expected).abs().mean() < 1e-4 * expected.abs().mean()
+
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "feed_forward.linear_1", "feed_forward.linear_2"]
+
+
+def random_lora(bridge, model, scale):
+    """The engine's transformer with an adapter of random weights, and those weights by our names."""
+    lora = importlib.import_module("lumina2_trainer.training.adapter.lora")
+    settings = importlib.import_module("lumina2_trainer.training.config.settings")
+    with torch.inference_mode():
+        transformer = bridge.engine_transformer(model)
+    with torch.inference_mode(False):
+        weights = lora.add_lora(transformer, settings.LoRASettings(4, alpha=4 * scale, targets="attention+ff"), 0)
+        for weight in weights.values():
+            weight.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(weight.numel()))
+    return transformer, weights
+
+
+def test_lora_gradients_equal_peft_on_diffusers(pipeline):
+    from peft import LoraConfig
+
+    folder, bridge, (model, _, _) = pipeline
+    latents, t, captions, lengths = inputs()
+    ours, weights = random_lora(bridge, model, scale=2)
+    keys = importlib.import_module("lumina2_trainer.training.model.keys")
+    theirs = Lumina2Transformer2DModel.from_pretrained(folder / "transformer")
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=[*LORA_TARGETS, "feed_forward.linear_3"]))
+    parameters = dict(theirs.named_parameters())
+    pairs = []
+    for name, weight in weights.items():
+        module, _, part = name.rpartition(".lora_")
+        places = [parameters[f"{n}.lora_{part[0]}.default.weight"] for n in keys.diffusers_modules(module)]
+        rows = [place.shape[0] for place in places] if part[0] == "B" else None
+        values = weight.split(rows) if rows else [weight] * len(places)
+        for place, value in zip(places, values, strict=True):
+            place.data.copy_(value)
+        pairs.append((weight, places, part[0]))
+    assert len(pairs) == 2 * 5 * (ours.config.layers + ours.config.refiner_layers)
+
+    mask = torch.arange(9)[None] < torch.tensor(lengths)[:, None]
+    target = torch.randn(latents.shape, generator=torch.Generator().manual_seed(9))
+    expected = theirs(latents, t, captions, mask, return_dict=False)[0]
+    result = ours(latents, t, captions, lengths)
+    assert (result - expected).abs().max() < 2e-5 * expected.abs().max()
+    (expected - target).square().mean().backward()
+    (result - target).square().mean().backward()
+    for weight, places, part in pairs:
+        gradient = torch.cat([p.grad for p in places]) if part == "B" else sum(p.grad for p in places)
+        assert (weight.grad - gradient).abs().max() < 1e-4 * gradient.abs().max()
+
+
+def test_the_lora_file_acts_in_comfyui_as_in_the_engine(pipeline, tmp_path, caplog):
+    import comfy.sd
+    import comfy.utils
+
+    _, bridge, (model, _, _) = pipeline
+    files = importlib.import_module("lumina2_trainer.training.adapter.files")
+    with torch.inference_mode():
+        modules = {n: m.weight for n, m in bridge.engine_transformer(model).named_modules() if hasattr(m, "weight")}
+    ours, weights = random_lora(bridge, model, scale=2)
+    files.write_lora(tmp_path / "lora.safetensors", files.comfyui_lora(weights, 2), modules, {})
+    latents, t, captions, _ = inputs()
+    with torch.inference_mode():
+        base = bridge.engine_transformer(model)(latents, t, captions, (9, 9))
+        lora = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"), safe_load=True)
+        patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)
+        assert "NOT LOADED" not in caplog.text
+        assert "lora key not loaded" not in caplog.text
+        through_comfyui = bridge.engine_transformer(patched)(latents, t, captions, (9, 9))
+        assert (through_comfyui - base).abs().max() > 1e-2 * base.abs().max()
+        again = bridge.engine_transformer(model)(latents, t, captions, (9, 9))
+    assert torch.equal(again, base)  # the patched MODEL left the base as it was
+    # the adapter's own transformer stands on the same memory, so it is asked after the patches are gone
+    with torch.no_grad():
+        expected = ours(latents, t, captions, (9, 9))
+    assert (through_comfyui - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_fingerprints_are_those_of_the_files(pipeline):
+    folder, bridge, (model, clip, vae) = pipeline
+    fingerprints = importlib.import_module("lumina2_trainer.training.model.fingerprint")
+    theirs = {
+        "transformer": Lumina2Transformer2DModel.from_pretrained(folder / "transformer"),
+        "text_encoder": Gemma2Model.from_pretrained(folder / "text_encoder", dtype=torch.bfloat16),
+        "vae": AutoencoderKL.from_pretrained(folder / "vae"),
+    }
+    expected = {name: fingerprints.fingerprint(part.state_dict().items()) for name, part in theirs.items()}
+    with torch.inference_mode():
+        engine = bridge.engine_transformer(model)
+        assert (
+            fingerprints.transformer_fingerprint(engine.state_dict().items(), engine.config) == expected["transformer"]
+        )
+        assert bridge.vae_fingerprint(vae) == expected["vae"]
+        assert bridge.clip_fingerprint(clip) == expected["text_encoder"]
+    assert len(set(expected.values())) == 3
