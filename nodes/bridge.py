@@ -25,6 +25,7 @@ from ..training.files import read_json
 from ..training.model.config import MAX_CAPTION_TOKENS, TransformerConfig
 from ..training.model.fingerprint import fingerprint
 from ..training.model.keys import from_diffusers
+from ..training.model.tokenizer import sentencepiece_model
 from ..training.model.transformer import Lumina2Transformer
 from ..training.model.vae import diffusers_vae
 
@@ -100,9 +101,6 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
         raise ModelError(f"The text encoder in {folder} is a {config.get('model_type')}; Lumina2 needs a Gemma2.")
     if config["head_dim"] != _GEMMA_HEAD_DIM or config["num_hidden_layers"] < 3:
         raise ModelError(f"ComfyUI loads a Gemma2 of head_dim 256 and at least 3 layers; {folder} has another.")
-    proto = folder / "tokenizer" / "tokenizer.model"
-    if not proto.exists():
-        raise ModelError(f"{proto} is missing. Download it with the model: ComfyUI reads SentencePiece's own file.")
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     options: dict[str, Any] = {
         f"{_GEMMA}_model_config": {key: config[key] for key in (*sizes, "num_key_value_heads")},
@@ -113,7 +111,7 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
         comfy.supported_models_base.ClipTarget(
             comfy.text_encoders.lumina2.LuminaTokenizer, comfy.text_encoders.lumina2.te()
         ),
-        tokenizer_data={"spiece_model": torch.frombuffer(bytearray(proto.read_bytes()), dtype=torch.uint8)},
+        tokenizer_data={"spiece_model": torch.frombuffer(bytearray(_tokenizer(folder)), dtype=torch.uint8)},
         model_options=options,
     )
     weights = _read_weights(folder / "text_encoder")
@@ -123,6 +121,16 @@ def load_clip(folder: Path) -> comfy.sd.CLIP:
     if missing or unexpected:
         raise ModelError(f"The text encoder in {folder} is incomplete or of another kind: {(missing + unexpected)[0]}.")
     return clip
+
+
+def _tokenizer(folder: Path) -> bytes:
+    """SentencePiece's model: the file itself where there is one, else made from ``tokenizer.json``."""
+    own, described = folder / "tokenizer" / "tokenizer.model", folder / "tokenizer" / "tokenizer.json"
+    if own.exists():
+        return own.read_bytes()
+    if described.exists():
+        return sentencepiece_model(described)
+    raise ModelError(f"{own.parent} has neither tokenizer.model nor tokenizer.json. Download the model again.")
 
 
 def load_vae(folder: Path) -> comfy.sd.VAE:

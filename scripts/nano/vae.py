@@ -47,11 +47,11 @@ def loss_of(pictures: Tensor, restored: Tensor, kl: Tensor) -> Tensor:
 
 
 def draw(emoji: Emoji, rows: Tensor, generator: torch.Generator) -> Tensor:
-    """A batch, mirrored half of the time, and recoloured one time in six so that styles survive too."""
+    """A batch, mirrored half of the time, and recoloured one time in twenty so that styles survive too."""
     colour, alpha = emoji.colour[rows], emoji.alpha[rows]
     if torch.rand((), generator=generator) < 0.5:
         colour, alpha = colour.flip(3), alpha.flip(3)
-    changed = (torch.rand(len(rows), 1, 1, 1, generator=generator) < 1 / 6).float()
+    changed = (torch.rand(len(rows), 1, 1, 1, generator=generator) < 1 / 20).float()
     background = 1 - changed * torch.rand(len(rows), 3, 1, 1, generator=generator)
     pictures = (colour + (1 - alpha) * background) * 2 - 1
     order = torch.randperm(3, generator=generator)
