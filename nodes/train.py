@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..training.cache.latents import LatentCache
@@ -167,9 +167,10 @@ class TrainLumina2LoRA(io.ComfyNode):
         samples = ExecutionBlocker("Wire a VAE into Train Lumina2 LoRA to get samples.")
         if vae is not None:
             samples = _samples(trained, vae, latents, embeds, seed, progress)
-        progress.say(_summary(outcome))
+        summary = _summary(outcome)
+        progress.say(summary)
         lora_name = f"{places.SUBFOLDER}/{outcome.run.folder}.safetensors"
-        return io.NodeOutput(trained, outcome.lora, lora_name, loss_map, samples)
+        return io.NodeOutput(trained, outcome.lora, lora_name, loss_map, samples, ui=ui.PreviewText(summary))
 
 
 def _watcher(progress: Progress, steps: int) -> Watcher:
