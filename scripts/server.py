@@ -44,38 +44,48 @@ class Server:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.command = [str(python), "main.py", "--base-directory", str(base), *FLAGS]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*self.command, "--port", str(self.port)],
-                cwd=comfyui,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUTF8": "1"},
-            )
+        self.comfyui = comfyui
 
     def __enter__(self) -> Server:
-        try:
-            self._wait_for_start()
-        except BaseException:
-            self.stop()
-            raise
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _wait_for_start(self) -> None:
+    def start(self) -> None:
+        """Start it and wait until it answers; after ``stop`` it can be started again.
+
+        Raises:
+            ServerError: it does not start; with the end of its log.
+        """
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.command, "--port", str(self.port)],
+                cwd=self.comfyui,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUTF8": "1"},
+            )
         deadline = time.monotonic() + STARTUP_S
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                break
-            try:
-                self.ask("/system_stats")
-                return
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
+        try:
+            while time.monotonic() < deadline and self.process.poll() is None:
+                if self._answers():
+                    return
                 time.sleep(0.5)
-        raise ServerError(f"{self.log.read_text(errors='replace')[-3000:]}\nComfyUI did not start (log: {self.log}).")
+            end = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
+            raise ServerError(f"{end}\nComfyUI did not start (log: {self.log}).")
+        except BaseException:
+            self.stop()
+            raise
+
+    def _answers(self) -> bool:
+        try:
+            self.ask("/system_stats")
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+        return True
 
     def stop(self) -> None:
         self.process.terminate()
