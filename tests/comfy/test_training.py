@@ -5,9 +5,9 @@ import time
 
 import numpy as np
 import pytest
+from comfy_server import ServerError
 from PIL import Image
 from safetensors.torch import load_file
-from server import ServerError
 
 # What libraries say of themselves when they are imported or used as ComfyUI and PEFT use them.
 KNOWN_NOISE = (

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
     path
     for path in (ROOT / "scripts").iterdir()
-    if path.name in {"environment.py", "server.py", "setup", "test", "demo"}
+    if path.name in {"environment.py", "comfy_server.py", "setup", "test", "demo"}
 ]
 HEAVY = {"accelerate", "datasets", "diffusers", "lycoris", "peft", "transformers"}
 
@@ -147,7 +147,7 @@ def test_tests_are_no_package():
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_run_before_anything_is_installed(path):
-    assert imports(parse(path)) - sys.stdlib_module_names <= {"environment", "server"}
+    assert imports(parse(path)) - sys.stdlib_module_names <= {"environment", "comfy_server"}
 
 
 PYTHON = environment.Interpreter(("python3.11",), "3.11.7")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from server import Server  # noqa: E402
+from comfy_server import Server  # noqa: E402
 
 
 @pytest.fixture(scope="session")

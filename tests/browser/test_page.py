@@ -1,0 +1,140 @@
+"""The real ComfyUI page in a real Chromium: nodes, template and texts, in both renderers and both languages."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = "01_quickstart_nano"
+GROUPS = ["1 Model", "2 Pictures", "3 Prepare", "4 Train", "5 Compare"]
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+LOADED_S = 120
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(
+            executable_path=os.environ["LUMINA2_CHROMIUM"], args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def open_page(browser, server, tmp_path):
+    """Opens the page with settings, and gives it with all that it logged as errors and all scripts it loaded."""
+    contexts = []
+
+    def open_page(**settings):
+        for name, value in {**SETTINGS, **settings}.items():
+            server.ask(f"/settings/{name}", value)
+        context = browser.new_context(viewport={"width": 1600, "height": 1000})
+        contexts.append(context)
+        page = context.new_page()
+        page.errors, page.scripts = [], []
+        page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.on("request", lambda request: page.scripts.append(request.url))
+        page.goto(server.url)
+        page.wait_for_function("!!(window.app?.graph && window.app.extensionManager)", timeout=LOADED_S * 1000)
+        page.wait_for_function("!!LiteGraph.registered_node_types['TrainLumina2LoRA']", timeout=LOADED_S * 1000)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def load_template(page):
+    page.evaluate(
+        """async (name) => {
+            const answer = await fetch(`/api/workflow_templates/lumina2-trainer/${name}.json`)
+            await app.loadGraphData(await answer.json())
+        }""",
+        TEMPLATE,
+    )
+    page.wait_for_function("app.graph._nodes.length > 10", timeout=LOADED_S * 1000)
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "Nodes 2.0"])
+def test_the_template_loads_as_it_was_saved(open_page, server, vue):
+    assert server.ask("/workflow_templates")["lumina2-trainer"] == [TEMPLATE]
+    page = open_page(**{"Comfy.VueNodes.Enabled": vue, "Comfy.Locale": "en"})
+    load_template(page)
+    saved = json.loads((ROOT / "example_workflows" / f"{TEMPLATE}.json").read_text(encoding="utf-8"))
+    shown = page.evaluate("app.graph.serialize()")
+    by_id = {node["id"]: node for node in shown["nodes"]}
+    for node in saved["nodes"]:
+        here = by_id[node["id"]]
+        assert here["type"] == node["type"]
+        if node["type"] != "MarkdownNote":
+            assert here["widgets_values"] == node["widgets_values"], node["type"]
+    assert [group["title"] for group in shown["groups"]] == GROUPS
+    assert len(shown["links"]) == len(saved["links"])
+
+    missing = page.evaluate(
+        "app.graph._nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type]).length"
+    )
+    assert missing == 0
+    widgets = page.evaluate(
+        """app.graph._nodes.find(n => n.type === 'TrainLumina2LoRA').widgets
+               .map(w => ({name: w.name, hidden: !!w.hidden, serialized: w.serialize !== false}))"""
+    )
+    assert {w["name"] for w in widgets if w["hidden"]} == {"continue_token", "attempt"}
+    assert all(w["serialized"] for w in widgets)
+    sent = page.evaluate("app.graphToPrompt().then(p => p.output)")
+    train = next(node for node in sent.values() if node["class_type"] == "TrainLumina2LoRA")
+    assert (train["inputs"]["steps"], train["inputs"]["continue_token"], train["inputs"]["attempt"]) == (500, 0, 0)
+
+    if vue:
+        node = page.locator("[data-node-id]").filter(has_text="Train Lumina2 LoRA").first
+        node.wait_for(timeout=30_000)
+        assert "learning_rate" in node.inner_text()
+        assert "continue_token" not in node.inner_text()
+    ours = [url for url in page.scripts if "/extensions/lumina2-trainer/" in url and url.endswith(".js")]
+    assert len(ours) == len(set(ours)) == 1, ours
+    # (the page itself asks api.comfy.org about every node, which the server's policy forbids)
+    assert [text for text in page.errors if "lumina2-trainer" in text.lower()] == []
+    if os.environ.get("LUMINA2_SHOTS"):
+        page.evaluate("app.canvas.ds.fitToBounds?.([0, 0, 3400, 1150])")
+        page.wait_for_timeout(1500)
+        page.screenshot(path=f"{os.environ['LUMINA2_SHOTS']}/template-{'vue' if vue else 'classic'}.png")
+
+
+def test_nodes_of_the_template_do_not_overlap_and_lie_in_their_groups(open_page):
+    page = open_page(**{"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"})
+    load_template(page)
+    boxes = page.evaluate(
+        "app.graph._nodes.map(n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"
+    )
+    groups = page.evaluate(
+        "app.graph._groups.map(g => [g.pos[0], g.pos[1], g.pos[0] + g.size[0], g.pos[1] + g.size[1]])"
+    )
+    for index, (title, left, top, right, bottom) in enumerate(boxes):
+        inside = [g for g in groups if g[0] <= left and g[1] <= top and right <= g[2] and bottom <= g[3]]
+        assert len(inside) == 1, f"{title} lies in {len(inside)} groups"
+        for other, *box in boxes[index + 1 :]:
+            apart = right <= box[0] or box[2] <= left or bottom <= box[1] or box[3] <= top
+            assert apart, f"{title} overlaps {other}"
+
+
+def test_the_page_speaks_chinese(open_page):
+    page = open_page(**{"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "zh"})
+    chinese = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    page.evaluate("names => names.forEach(name => app.graph.add(LiteGraph.createNode(name)))", list(chinese))
+    nodes = page.evaluate(
+        """Object.fromEntries(app.graph._nodes.map(node => {
+            const parts = [...node.inputs, ...node.widgets ?? []]
+            return [node.type, {title: node.title, labels: parts.flatMap(p => [p.label, p.localized_name])}]
+        }))"""
+    )
+    if os.environ.get("LUMINA2_SHOTS"):
+        page.screenshot(path=f"{os.environ['LUMINA2_SHOTS']}/zh.png")
+    for name, texts in chinese.items():
+        assert nodes[name]["title"] == texts["display_name"]
+        for text in texts["inputs"].values():
+            assert text["name"] in nodes[name]["labels"], name
