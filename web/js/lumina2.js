@@ -8,13 +8,15 @@ const CATEGORY = "Lumina2";
 const TRAIN_NODES = ["TrainLumina2LoRA"];
 const HIDDEN_WIDGETS = ["continue_token", "attempt"];
 
-// Frontends before ComfyUI_frontend #7214 drop the packs' texts of every language but English. A definition that
-// carries the texts itself is shown right by those and by later ones.
-async function translate(definitions) {
+// Frontends before ComfyUI_frontend #7214 drop the packs' texts of every language but English, so ours are put where
+// later ones put them.
+let texts = {};
+
+async function translateDefinitions(definitions) {
   const locale = app.extensionManager.setting.get("Comfy.Locale");
   if (!locale || locale === "en") return;
   const answer = await api.fetchApi("/i18n");
-  const texts = (await answer.json())[locale]?.nodeDefs ?? {};
+  texts = (await answer.json())[locale]?.nodeDefs ?? {};
   for (const definition of Object.values(definitions)) {
     const text = texts[definition.name];
     if (definition.category !== CATEGORY || !text) continue;
@@ -22,19 +24,26 @@ async function translate(definitions) {
     definition.description = text.description;
     for (const inputs of [definition.input.required, definition.input.optional]) {
       for (const [name, specification] of Object.entries(inputs ?? {})) {
-        const { name: display_name, tooltip } = text.inputs[name] ?? {};
-        if (display_name) specification[1] = { ...specification[1], display_name, tooltip };
+        const tooltip = text.inputs[name]?.tooltip;
+        if (tooltip) specification[1] = { ...specification[1], tooltip };
       }
     }
   }
 }
 
+function translateNode(node) {
+  const inputs = texts[node.comfyClass]?.inputs ?? {};
+  for (const input of node.inputs ?? []) input.localized_name = inputs[input.name]?.name ?? input.localized_name;
+  for (const widget of node.widgets ?? []) widget.label = inputs[widget.name]?.name ?? widget.label;
+}
+
 app.registerExtension({
   name: "lumina2-trainer",
 
-  addCustomNodeDefs: translate,
+  addCustomNodeDefs: translateDefinitions,
 
   nodeCreated(node) {
+    if (node.constructor.nodeData?.category === CATEGORY) translateNode(node);
     if (!TRAIN_NODES.includes(node.comfyClass)) return;
     for (const widget of node.widgets ?? []) {
       if (!HIDDEN_WIDGETS.includes(widget.name)) continue;
