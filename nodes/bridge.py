@@ -6,6 +6,8 @@ a model config *instance*, and the engine's transformer stands on the memory of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,15 @@ def load_model(folder: Path, dtype: str = "auto") -> comfy.model_patcher.ModelPa
     model = described.get_model({})
     model.diffusion_model.load_state_dict(weights)
     offload = comfy.model_management.unet_offload_device()
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+    # Newer cores make a patcher of their own kind anew from this, where a node asks for one.
+    patcher.cached_patcher_init = (_load_again, (folder, dtype))
+    return patcher
+
+
+def _load_again(folder: Path, dtype: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """``load_model`` as newer cores call it; ours is never a dynamic patcher."""
+    return load_model(folder, dtype)
 
 
 def _comfy_config(config: TransformerConfig) -> dict[str, Any]:
@@ -166,6 +176,8 @@ def engine_transformer(model: comfy.model_patcher.ModelPatcher) -> Lumina2Transf
         ModelError: MODEL is not a Lumina2, or its weights are quantised.
     """
     config = transformer_config(model)
+    if getattr(model, "is_dynamic", bool)():  # newer cores page such a model's weights: they could not be shared
+        model = model.clone(disable_dynamic=True)
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     network = model.model.diffusion_model
     with torch.inference_mode(False):
@@ -190,6 +202,20 @@ def trainable_transformer(model: comfy.model_patcher.ModelPatcher) -> Lumina2Tra
         with torch.inference_mode(False):
             return transformer.float()
     return transformer
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Autograd on, outside of inference mode; newer cores are told, as by their own trainer."""
+    told = hasattr(comfy.model_management, "in_training")
+    if told:
+        comfy.model_management.in_training = True
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        if told:
+            comfy.model_management.in_training = False
 
 
 def vae_fingerprint(vae: comfy.sd.VAE) -> str:

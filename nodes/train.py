@@ -136,7 +136,7 @@ class TrainLumina2LoRA(io.ComfyNode):
         adapter: LoRASettings | None = None,
         vae: Any = None,
     ) -> io.NodeOutput:
-        from .bridge import trainable_transformer
+        from .bridge import trainable_transformer, training
         from .draw import with_lora
 
         settings = TrainSettings(
@@ -149,7 +149,7 @@ class TrainLumina2LoRA(io.ComfyNode):
         progress = Progress(cls.hidden.unique_id, steps)
         progress.say("loading the model")
         transformer = trainable_transformer(model)
-        with torch.inference_mode(False), torch.enable_grad():
+        with training():
             outcome = train_lora(
                 transformer,
                 latents,

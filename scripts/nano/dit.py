@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, Lumina2Transformer2DModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.data.prompts import SYSTEM_PROMPTS, with_system_prompt
 from training.model.config import TransformerConfig
-from training.model.keys import diffusers_weights
+from training.model.keys import diffusers_weights, from_diffusers
 from training.model.transformer import Lumina2Transformer
 from training.objective.loss import add_noise, velocity_loss
 from training.objective.sigmas import logit_normal_sigmas
@@ -80,10 +81,21 @@ def pad(texts: list[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
     return nn.utils.rnn.pad_sequence(texts, batch_first=True), tuple(len(text) for text in texts)
 
 
-def train_dit(emoji: Emoji, folder: Path, minutes: float, state: Path, rate: float = 1.2e-3, batch: int = 128) -> None:
-    """Train for ``minutes`` and write ``folder/transformer``; ``state`` keeps the averaged weights on the way."""
+def train_dit(
+    emoji: Emoji,
+    folder: Path,
+    minutes: float,
+    state: Path,
+    start: Path | None = None,
+    rate: float = 1.2e-3,
+    batch: int = 128,
+) -> None:
+    """Train for ``minutes`` and write ``folder/transformer``; ``state`` keeps the averaged weights on the way.
+
+    ``start`` is a transformer's folder to go on from, with other draws than the first time.
+    """
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1 if start else 0)
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     latents = encode(vae, emoji.on()[~emoji.held_out])
     names = [name for name, out in zip(emoji.names, emoji.held_out.tolist(), strict=True) if not out]
@@ -91,7 +103,7 @@ def train_dit(emoji: Emoji, folder: Path, minutes: float, state: Path, rate: flo
     bare, empty = embed(names, folder), embed([""], folder)[0]
     texts = [[a, b, empty] for a, b in zip(with_prompt, bare, strict=True)]
 
-    transformer = new_transformer()
+    transformer = read_transformer(start) if start else new_transformer()
     average = copy.deepcopy(transformer).requires_grad_(False)
     decayed = [p for p in transformer.parameters() if p.ndim > 1]
     plain = [p for p in transformer.parameters() if p.ndim <= 1]
@@ -128,6 +140,13 @@ def train_dit(emoji: Emoji, folder: Path, minutes: float, state: Path, rate: flo
     print(f"dit {step} steps loss {smooth:.4f}", file=sys.stderr)
     write_transformer(average, folder / "transformer")
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT).save_pretrained(folder / "scheduler")
+
+
+def read_transformer(folder: Path) -> Lumina2Transformer:
+    transformer = new_transformer()
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    transformer.load_state_dict(from_diffusers(weights, list(transformer.state_dict())))
+    return transformer
 
 
 def write_transformer(transformer: Lumina2Transformer, folder: Path) -> None:

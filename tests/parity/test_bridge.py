@@ -163,13 +163,33 @@ def test_vae_and_sampling_settings_come_from_the_folder(pipeline):
 def test_a_model_of_another_family_is_refused_by_name(pipeline):
     folder, bridge, (model, _, _) = pipeline
 
-    class SDXL:
-        diffusion_model = None
+    import comfy.supported_models
 
+    tiny = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 32,
+        "num_res_blocks": [1, 1],
+        "channel_mult": [1, 2],
+        "transformer_depth": [0, 1],
+        "transformer_depth_output": [0, 0, 1, 1],
+        "transformer_depth_middle": 1,
+        "num_head_channels": 32,
+        "context_dim": 64,
+        "adm_in_channels": 2816,
+        "num_classes": "sequential",
+        "use_linear_in_transformer": True,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "use_temporal_attention": False,
+    }
+    described = comfy.supported_models.SDXL(tiny)
+    described.set_inference_dtype(torch.float32, None)
     wired = model.clone()
-    wired.model = SDXL()
+    wired.model = described.get_model({}, "model.diffusion_model.")
     with pytest.raises(bridge.ModelError, match="MODEL is a SDXL; a Lumina2 is needed"):
-        bridge.engine_transformer(wired)
+        bridge.trainable_transformer(wired)
     weights = load_file(next((folder / "vae").glob("*.safetensors")))
     with pytest.raises(bridge.ModelError, match="lacks the weight"):
         bridge.from_diffusers(weights, ["x_embedder.weight"])

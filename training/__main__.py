@@ -1,0 +1,77 @@
+"""The command line.
+
+    python <plugin folder> info FILE [--json]
+
+``info`` tells what a LoRA file holds: its layers, rank, size and where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .adapter.files import PREFIX
+from .errors import Lumina2Error, ModelError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python <plugin folder>", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="what a LoRA file holds")
+    info.add_argument("file", type=Path)
+    info.add_argument("--json", action="store_true", help="one line of JSON on stdout")
+    options = parser.parse_args(arguments)
+    try:
+        found = lora_info(options.file)
+    except Lumina2Error as error:
+        print(error, file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        print("\n".join(f"{name:10} {value}" for name, value in found.items() if name != "metadata"))
+        print("\n".join(f"  {name} = {value}" for name, value in found["metadata"].items()))
+    return 0
+
+
+def lora_info(path: Path) -> dict[str, Any]:
+    """Format, layers, ranks and metadata of a LoRA file.
+
+    Raises:
+        ModelError: the file is missing, or is not a LoRA in safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read as safetensors ({error}).") from error
+    down = {key: shape for key, shape in shapes.items() if key.endswith(("lora_A.weight", "lora_down.weight"))}
+    if not down:
+        raise ModelError(f"{path} holds no LoRA: none of its {len(shapes)} tensors is named lora_A or lora_down.")
+    return {
+        "file": str(path),
+        "format": "ComfyUI" if all(key.startswith(PREFIX) for key in shapes) else "another",
+        "layers": len(down),
+        "ranks": sorted({shape[0] for shape in down.values()}),
+        "parameters": sum(_product(shape) for shape in shapes.values()),
+        "metadata": metadata,
+    }
+
+
+def _product(shape: list[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
