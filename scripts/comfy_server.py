@@ -21,7 +21,7 @@ from environment import ROOT, SetupError
 
 PLUGIN = "lumina2-trainer"
 FLAGS = ("--cpu", "--use-pytorch-cross-attention", "--disable-api-nodes", "--database-url", "sqlite:///:memory:")
-STARTUP_S = 240
+STARTUP_S, PROMPT_S = 240, 3600
 FOLDERS = ("custom_nodes", "input", "output", "user", "temp", "models/loras", "models/diffusers")
 NOTES = ("Note", "MarkdownNote")
 MUTED, BYPASSED = 2, 4
@@ -107,20 +107,26 @@ class Server:
         """Put a prompt in API format into the queue.
 
         Raises:
-            ServerError: ComfyUI finds it invalid.
+            ServerError: ComfyUI finds it invalid, or a part of it, which it would leave out in silence.
         """
         try:
-            return str(self.ask("/prompt", {"prompt": prompt})["prompt_id"])
+            answer = self.ask("/prompt", {"prompt": prompt})
         except urllib.error.HTTPError as error:
-            raise ServerError(f"ComfyUI refuses the prompt: {error.read().decode()}") from None
+            answer = json.loads(error.read())
+        if "error" in answer or answer.get("node_errors"):
+            raise ServerError(f"ComfyUI refuses the prompt: {rejection(answer)}")
+        return str(answer["prompt_id"])
 
-    def wait(self, identity: str, on_wait: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    def wait(
+        self, identity: str, on_wait: Callable[[], None] = lambda: None, limit_s: float = PROMPT_S
+    ) -> dict[str, Any]:
         """The outputs of a prompt by node, once it has ended; ``on_wait`` is called twice a second meanwhile.
 
         Raises:
-            ServerError: a node failed, or ComfyUI ended.
+            ServerError: a node failed, ComfyUI ended, or the time is over.
         """
-        while True:
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
             entry = self.ask(f"/history/{identity}").get(identity)
             if entry and entry["status"]["completed"]:
                 return dict(entry["outputs"])
@@ -130,6 +136,7 @@ class Server:
                 raise ServerError(f"ComfyUI ended by itself (log: {self.log}).")
             on_wait()
             time.sleep(0.5)
+        raise ServerError(f"The prompt did not end within {limit_s:.0f} s (log: {self.log}).")
 
     def run(self, prompt: dict[str, Any], on_wait: Callable[[], None] = lambda: None) -> dict[str, Any]:
         return self.wait(self.queue(prompt), on_wait)
@@ -137,6 +144,16 @@ class Server:
     def api_prompt(self, workflow: dict[str, Any]) -> dict[str, Any]:
         """A workflow as the page saves it, in the form that the queue takes."""
         return api_prompt(workflow, self.ask("/object_info"))
+
+
+def rejection(answer: dict[str, Any]) -> str:
+    """What ComfyUI finds wrong in a prompt, node by node."""
+    found = [
+        f"{node['class_type']}: {error['message']} ({error['details']})"
+        for node in answer.get("node_errors", {}).values()
+        for error in node["errors"]
+    ]
+    return "; ".join(found) or str(answer["error"]["message"])
 
 
 def failure(messages: list[Any]) -> str:
