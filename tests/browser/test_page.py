@@ -36,8 +36,10 @@ def open_page(browser, server, tmp_path):
         contexts.append(context)
         page = context.new_page()
         page.errors, page.scripts = [], []
-        page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        page.on(
+            "console", lambda said: page.errors.append(f"{said.text} {said.location}") if said.type == "error" else 0
+        )
+        page.on("pageerror", lambda error: page.errors.append(f"{error} {error.stack}"))
         page.on("request", lambda request: page.scripts.append(request.url))
         page.goto(server.url)
         page.wait_for_function("!!(window.app?.graph && window.app.extensionManager)", timeout=LOADED_S * 1000)

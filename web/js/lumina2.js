@@ -1,8 +1,8 @@
 // The page's side of the nodes: what a saved workflow carries but nobody sets by hand stays hidden, a LoRA that was
 // just trained appears in every loader's list, and the nodes speak the page's language on every frontend.
 
-import { api } from "/scripts/api.js";
-import { app } from "/scripts/app.js";
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
 
 const CATEGORY = "Lumina2";
 const TRAIN_NODES = ["TrainLumina2LoRA"];
