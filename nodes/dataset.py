@@ -69,7 +69,7 @@ class Lumina2LoadDataset(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None = None, **_: object) -> str | float:
-        if folder is None:  # linked: its value is not known here
+        if not folder or not folder.strip():  # linked, so that its value is not known here, or left empty
             return float("nan")
         place = dataset_folder(folder)
         return folder_fingerprint(place) if place.is_dir() else "missing"

@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 
 from ..training.cache.store import Store
-from ..training.errors import RunError
+from ..training.errors import DataError, RunError
 from ..training.run.folder import RunStore
 
 SUBFOLDER = "lumina2"  # of output and of models/loras
@@ -20,8 +20,14 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets" / "nano"
 
 
 def dataset_folder(named: str) -> Path:
-    """A folder as written in the widget: bundled, absolute, or under ComfyUI's input folder."""
+    """A folder as written in the widget: bundled, absolute, or under ComfyUI's input folder.
+
+    Raises:
+        DataError: nothing is written there.
+    """
     named = named.strip().strip('"')
+    if not named:
+        raise DataError("folder is empty. Write the folder that holds your pictures.")
     if named in BUNDLED:
         return ASSETS / BUNDLED[named]
     return Path(folder_paths.get_input_directory()) / Path(named).expanduser()

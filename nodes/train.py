@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -181,7 +182,8 @@ def _watcher(progress: Progress, steps: int) -> Watcher:
         passed, trained = time.monotonic() - began[0][0], done - began[0][1]
         left = f", {_duration(passed / trained * (steps - done))} left" if trained else ""
         rate = f", {passed / trained:.2g} s a step" if trained else ""
-        progress.step(done, f"step {done} of {steps}, loss {loss:.4f}{rate}{left}", steps)
+        known = f", loss {loss:.4f}" if math.isfinite(loss) else ""
+        progress.step(done, f"step {done} of {steps}{known}{rate}{left}", steps)
 
     return Watcher(progress.say, before_step)
 

@@ -277,6 +277,8 @@ def test_names_of_any_script_are_good():
 
 
 def test_settings_at_their_defaults_are_no_part_of_the_identity():
+    assert deciding(TrainSettings(lora=LoRASettings(alpha=8))) == deciding(TrainSettings(lora=LoRASettings(alpha=8.0)))
+    assert str(LoRASettings(alpha=8).alpha) == "8.0"
     assert deciding(TrainSettings(steps=7)) == {}
     assert deciding(TrainSettings(learning_rate=1e-3, lora=LoRASettings(targets="all"))) == {
         "learning_rate": 1e-3,

@@ -51,7 +51,8 @@ def cache_latents(
         CacheError: no picture of the dataset could be encoded.
     """
     keys = {s.id: key_of(picture=s.content, geometry=asdict(s.geometry), vae=vae, mode="mean") for s in dataset.samples}
-    shapes = {key: store.shape(key) for key in set(keys.values())}
+    headers = {key: store.header(key) for key in set(keys.values())}
+    shapes = {key: header[0] if header else None for key, header in headers.items()}
     waiting = list({keys[s.id]: s for s in dataset.samples if shapes[keys[s.id]] is None}.values())
     skipped = list(dataset.skipped)
     batches = _batches(waiting, batch_size)

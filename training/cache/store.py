@@ -29,18 +29,18 @@ class Store:
     def path(self, key: str) -> Path:
         return Path(self.folder, key[:2], f"{key}.safetensors")
 
-    def shape(self, key: str) -> tuple[int, ...] | None:
-        """The shape of an entry, from its header alone; None where there is none or it is damaged."""
+    def header(self, key: str) -> tuple[tuple[int, ...], dict[str, str]] | None:
+        """Shape and notes of an entry, without reading it; None where there is none or it is damaged."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.path(key), framework="pt") as file:
-                return tuple(file.get_slice("entry").get_shape())
+                return tuple(file.get_slice("entry").get_shape()), dict(file.metadata() or {})
         except (FileNotFoundError, SafetensorError):
             return None
 
-    def write(self, key: str, tensor: Tensor) -> None:
-        write_tensors(self.path(key), {"entry": tensor})
+    def write(self, key: str, tensor: Tensor, **notes: str) -> None:
+        write_tensors(self.path(key), {"entry": tensor}, notes)
 
     def read(self, key: str) -> Tensor:
         """The tensor, on the CPU.

@@ -42,14 +42,14 @@ def cache_texts(
     """
     texts = {caption: with_system_prompt(caption, system_prompt) for s in dataset.samples for caption in s.captions}
     keys = {text: key_of(text=text, tokens=max_tokens, encoder=encoder, layer=-2) for text in {*texts.values(), ""}}
-    waiting = [text for text, key in sorted(keys.items()) if store.shape(key) is None]
-    cut = []
+    headers = {text: store.header(key) for text, key in sorted(keys.items())}
+    waiting = [text for text, header in headers.items() if header is None]
+    cut = [text for text, header in headers.items() if header and header[1].get("cut")]
     for number, text in enumerate(waiting):
         on_text(number, len(waiting))
         embedding, was_cut = embed(text)
-        store.write(keys[text], embedding.to(torch.bfloat16))
-        if was_cut:
-            cut.append(text)
+        store.write(keys[text], embedding.to(torch.bfloat16), **({"cut": "true"} if was_cut else {}))
+        cut += [text] * was_cut
     on_text(len(waiting), len(waiting))
     entries = tuple(TextEntry(s.id, tuple(keys[texts[caption]] for caption in s.captions)) for s in dataset.samples)
     return TextCache(store, entries, keys[""], tuple(cut))

@@ -32,6 +32,8 @@ class LoRASettings:
     targets: str = "attention"
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "dropout"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # 8 and 8.0 are the same setting
         _require(self.rank >= 1, "rank", self.rank, "choose at least 1")
         _require(self.alpha >= 0, "alpha", self.alpha, "choose a positive number, or 0 for the rank")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "choose at least 0 and less than 1")
