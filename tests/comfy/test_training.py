@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 # What libraries say of themselves when they are imported or used as ComfyUI and PEFT use them.
 KNOWN_NOISE = (
+    "some comfy_extras/ nodes did not import correctly",  # torchaudio is not installed
     "torchaudio missing",
     "Unable to import torchao",
     "pytree",
