@@ -68,7 +68,7 @@ def train(
     transformer.gradient_checkpointing = sum(p.numel() for p in transformer.parameters()) > CHECKPOINTING_FROM
     weights = list(state.weights.values())
     transformer.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         while state.step < settings.steps:
             before_step(state.step)
             if settings.lora.dropout:
