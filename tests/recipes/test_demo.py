@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,14 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "example_workflows" / "01_quickstart_nano.json"
-# torchaudio is not installed, so ComfyUI leaves its own audio nodes and models out and says so.
-KNOWN = ("torchaudio missing", "some comfy_extras/ nodes did not import correctly", "IMPORT FAILED: nodes_audio")
+# torchaudio is not installed, so ComfyUI leaves its own audio nodes and models out and says so, with their tracebacks.
+KNOWN = (
+    r"Traceback \(most recent call last\):\n(?:  .*\n)+ModuleNotFoundError: No module named 'torchaudio'\n",
+    r"Cannot import .*/comfy_extras/nodes_audio(_encoder)?\.py module for custom nodes: No module named 'torchaudio'\n",
+    r"WARNING: some comfy_extras/ nodes did not import correctly\..*\n",
+    r"IMPORT FAILED: nodes_audio(_encoder)?\.py\n",
+    r"torchaudio missing, .*\n",
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +56,12 @@ def test_the_demo_trains_and_the_style_is_learnt(demo):
 
 def test_its_log_holds_no_complaint(demo):
     base, _ = demo
-    lines = (base / "server.log").read_text().splitlines()
-    words = ("warning", "error", "traceback", "failed", "not loaded", "deprecat")
-    complaints = [line for line in lines if any(word in line.lower() for word in words)]
-    assert [line for line in complaints if not any(known in line for known in KNOWN)] == []
+    text = (base / "server.log").read_text()
+    for known in KNOWN:
+        text = re.sub(known, "", text)
+    lines = text.splitlines()
+    words = ("warning", "error", "traceback", "failed", "cannot", "not loaded", "deprecat")
+    assert [line for line in lines if any(word in line.lower() for word in words)] == []
     imports = next(line for line in lines if line.endswith("custom_nodes/lumina2-trainer"))
     assert float(imports.split()[0]) <= 0.2
 
