@@ -91,9 +91,15 @@ def test_the_template_loads_as_it_was_saved(open_page, server, vue):
     assert (train["inputs"]["steps"], train["inputs"]["continue_token"], train["inputs"]["attempt"]) == (500, 0, 0)
 
     if vue:
-        node = page.locator("[data-node-id]").filter(has_text="Train Lumina2 LoRA").first
-        node.wait_for(timeout=30_000)
-        assert "learning_rate" in node.inner_text()
+        page.evaluate(
+            """() => {
+                app.canvas.ds.scale = 1  // far out, the page draws no widgets
+                app.canvas.centerOnNode(app.graph._nodes.find(node => node.type === 'TrainLumina2LoRA'))
+            }"""
+        )
+        node = page.locator("[data-node-id]:visible").filter(has_text="Train Lumina2 LoRA")
+        node.get_by_text("learning_rate").wait_for(timeout=30_000)
+        assert "run_name" in node.inner_text()
         assert "continue_token" not in node.inner_text()
     ours = [url for url in page.scripts if "/extensions/lumina2-trainer/" in url and url.endswith(".js")]
     assert len(ours) == len(set(ours)) == 1, ours
