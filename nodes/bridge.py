@@ -230,9 +230,7 @@ def clip_fingerprint(clip: comfy.sd.CLIP) -> str:
     Raises:
         ModelError: CLIP is not Lumina2's.
     """
-    encoder = getattr(clip.cond_stage_model, _GEMMA, None)
-    if encoder is None:
-        raise ModelError("CLIP is not Lumina2's. Load one of type lumina2 (a Gemma2).")
+    encoder = _gemma(clip.cond_stage_model)
     clip.load_model()
     return fingerprint((name.removeprefix("model."), w) for name, w in encoder.transformer.state_dict().items())
 
@@ -273,13 +271,18 @@ def embed_text(clip: comfy.sd.CLIP, text: str, max_tokens: int = 256) -> tuple[T
 
     The text is literal: ids come straight from the tokenizer, so brackets and ``embedding:`` mean themselves.
     """
-    tokenizer = getattr(clip.tokenizer, _GEMMA, None)
-    if tokenizer is None:
-        raise ModelError("CLIP is not Lumina2's. Load one of type lumina2 (a Gemma2).")
-    ids = tokenizer.tokenizer(text)["input_ids"]
+    ids = _gemma(clip.tokenizer).tokenizer(text)["input_ids"]
     limit = min(max_tokens, MAX_CAPTION_TOKENS)
     embedding = clip.encode_from_tokens({_GEMMA: [[(i, 1.0) for i in ids[:limit]]]})
     return embedding[0], len(ids) > limit
+
+
+def _gemma(part: Any) -> Any:
+    """Lumina2's own in a CLIP's encoder or tokenizer; a sentence where the CLIP is another model's."""
+    found = getattr(part, _GEMMA, None)
+    if found is None:
+        raise ModelError("CLIP is not Lumina2's. Load one of type lumina2 (a Gemma2).")
+    return found
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

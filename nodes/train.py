@@ -175,11 +175,12 @@ class TrainLumina2LoRA(io.ComfyNode):
 
 
 def _watcher(progress: Progress, steps: int) -> Watcher:
-    began: list[tuple[float, int]] = []
+    began: tuple[float, int] | None = None  # when, and with how many steps done
 
     def before_step(done: int, loss: float) -> None:
-        began.append((time.monotonic(), done)) if not began else None
-        passed, trained = time.monotonic() - began[0][0], done - began[0][1]
+        nonlocal began
+        began = began or (time.monotonic(), done)
+        passed, trained = time.monotonic() - began[0], done - began[1]
         left = f", {_duration(passed / trained * (steps - done))} left" if trained else ""
         rate = f", {passed / trained:.2g} s a step" if trained else ""
         known = f", loss {loss:.4f}" if math.isfinite(loss) else ""

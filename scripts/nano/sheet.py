@@ -15,17 +15,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
 from diffusers import AutoencoderKL  # noqa: E402
-from nano.dit import pad  # noqa: E402
+from nano.dit import pad, read_transformer  # noqa: E402
 from nano.text import embed  # noqa: E402
 from PIL import Image, ImageDraw, ImageFont  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from training.data.prompts import SYSTEM_PROMPTS, with_system_prompt  # noqa: E402
 from training.files import read_json  # noqa: E402
-from training.model.config import TransformerConfig  # noqa: E402
-from training.model.keys import from_diffusers  # noqa: E402
-from training.model.transformer import Lumina2Transformer  # noqa: E402
 from training.objective.sigmas import sampling_sigmas  # noqa: E402
 from training.sample.euler import sample_euler  # noqa: E402
 
@@ -43,19 +39,10 @@ COLUMNS, PICTURE_PX, LABEL_PX, GAP_PX = 8, 128, 18, 4
 STEPS, GUIDANCE, BATCH, SIDE_PX = 20, 4.0, 8, 64
 
 
-def load_transformer(folder: Path) -> Lumina2Transformer:
-    """The engine's transformer in fp32, from diffusers' layout."""
-    config = TransformerConfig.from_diffusers(read_json(folder / "config.json"))
-    with torch.device("meta"):
-        names = list(Lumina2Transformer(config).state_dict())
-    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
-    return Lumina2Transformer.from_weights(config, {k: w.float() for k, w in from_diffusers(weights, names).items()})
-
-
 @torch.inference_mode()
 def draw(prompts: list[str], folder: Path, seed: int) -> Tensor:
     """One picture for each prompt, (N, 3, height, width) in [-1, 1]; the noise belongs to the prompt's place."""
-    transformer = load_transformer(folder / "transformer").eval()
+    transformer = read_transformer(folder / "transformer")
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     shift = read_json(folder / "scheduler" / "scheduler_config.json")["shift"]
     sigmas = sampling_sigmas(STEPS, shift)

@@ -85,10 +85,8 @@ def test_every_node_is_there_with_tooltips_and_help(server):
 def test_saved_widgets_stay_where_they_are(server):
     node = server.ask("/object_info/TrainLumina2LoRA")["TrainLumina2LoRA"]
     inputs = {**node["input"]["required"], **node["input"]["optional"]}
-    widgets = [name for name, spec in inputs.items() if spec[0] in ("INT", "FLOAT", "STRING", "COMBO")]
-    widgets = widgets or list(inputs)
-    combos = [name for name, spec in inputs.items() if isinstance(spec[0], list)]
-    order = [name for name in inputs if name in {*widgets, *combos}]
+    kinds = ("INT", "FLOAT", "STRING", "COMBO")
+    order = [name for name, spec in inputs.items() if isinstance(spec[0], list) or spec[0] in kinds]
     assert order == [*TRAIN_WIDGETS, "continue_token", "attempt"]
     assert inputs["seed"][1]["control_after_generate"] is False
     assert node["output"] == ["MODEL", "LORA_MODEL", "STRING", "LOSS_MAP", "IMAGE"]

@@ -67,12 +67,11 @@ class Batches:
                 f"{len(without)} of {len(latents.entries)} pictures have no cached caption (first: {without[0]}). "
                 "Wire the same dataset into Cache Latents and Cache Text Embeds."
             )
-        self._examples = [(entry.key, captions[entry.sample]) for entry in latents.entries]
         self._latents, self._texts, self._settings = latents, texts, settings
         self._scale = scale_latents
         # An order that no file name decides: by what the entries hold.
-        self._order = sorted(range(len(self._examples)), key=lambda i: (self._examples[i], latents.entries[i].repeats))
-        ordered = [latents.entries[i] for i in self._order]
+        ordered = sorted(latents.entries, key=lambda entry: (entry.key, captions[entry.sample], entry.repeats))
+        self._examples = [(entry.key, captions[entry.sample]) for entry in ordered]
         self.sampler = Sampler(
             [entry.shape for entry in ordered],
             [entry.repeats for entry in ordered],
@@ -101,7 +100,7 @@ class Batches:
         rows = self.sampler.batch(step)
         latents, noise, normal, captions = [], [], [], []
         for place, row in enumerate(rows):
-            key, variants = self._examples[self._order[row]]
+            key, variants = self._examples[row]
             generator = _generator(self._settings.seed, step * len(rows) + place)
             latents.append(self._read(self._latents.store, key))
             noise.append(torch.randn(latents[-1].shape, generator=generator))
