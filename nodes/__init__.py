@@ -3,8 +3,10 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .cache import Lumina2CacheLatents, Lumina2CacheTextEmbeds
-from .dataset import Lumina2LoadDataset
+from .dataset import Lumina2LoadDataset, Lumina2LoadDatasetConfig
+from .given import Lumina2DatasetFromImages, Lumina2DatasetFromLatents, Lumina2SaveCaptions
 from .loader import Lumina2LoadDiffusers
+from .preview import Lumina2PreviewDataset
 from .settings import Lumina2LoRASettings
 from .train import TrainLumina2LoRA
 from .validate import Lumina2ValidateSample
@@ -15,6 +17,11 @@ class Lumina2Extension(ComfyExtension):
         return [
             Lumina2LoadDiffusers,
             Lumina2LoadDataset,
+            Lumina2LoadDatasetConfig,
+            Lumina2DatasetFromImages,
+            Lumina2DatasetFromLatents,
+            Lumina2SaveCaptions,
+            Lumina2PreviewDataset,
             Lumina2CacheLatents,
             Lumina2CacheTextEmbeds,
             Lumina2LoRASettings,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -13,7 +12,7 @@ from ..training.data.dataset import Dataset
 from ..training.data.prompts import SYSTEM_PROMPTS
 from ..training.model.config import MAX_CAPTION_TOKENS
 from .places import cache
-from .progress import Progress
+from .progress import Progress, counting
 from .sockets import DatasetSocket, EmbedsSocket, LatentsSocket
 
 
@@ -43,8 +42,8 @@ class Lumina2CacheLatents(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_: object) -> bool:
-        return Path(cache("latents").folder).is_dir()  # a cache that was deleted is made again
+    def fingerprint_inputs(cls, **_: object) -> tuple[bool, int]:
+        return cache("latents").state()  # what was deleted or found damaged is made again
 
     @classmethod
     def execute(cls, dataset: Dataset, vae: Any, batch_size: int) -> io.NodeOutput:
@@ -58,10 +57,10 @@ class Lumina2CacheLatents(io.ComfyNode):
             vae_fingerprint(vae),
             cache("latents"),
             batch_size,
-            lambda done, total: progress.step(done, f"encoding picture {done} of {total}", total),
+            counting(progress, "encoding picture"),
         )
         skipped = f"; {len(latents.skipped)} skipped: {latents.skipped[0]}" if latents.skipped else ""
-        progress.say(f"{len(latents.entries)} latents{skipped}")
+        progress.say(f"{latents.count} latents{skipped}")
         return io.NodeOutput(latents)
 
 
@@ -96,8 +95,8 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_: object) -> bool:
-        return Path(cache("text").folder).is_dir()
+    def fingerprint_inputs(cls, **_: object) -> tuple[bool, int]:
+        return cache("text").state()
 
     @classmethod
     def execute(cls, dataset: Dataset, clip: Any, system_prompt: str, max_tokens: int) -> io.NodeOutput:
@@ -112,8 +111,8 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
             SYSTEM_PROMPTS[system_prompt],
             max_tokens,
             cache("text"),
-            lambda done, total: progress.step(done, f"encoding caption {done} of {total}", total),
+            counting(progress, "encoding caption"),
         )
         cut = f"; {len(embeds.cut)} cut to {max_tokens} tokens, first: {embeds.cut[0][-60:]}" if embeds.cut else ""
-        progress.say(f"captions of {len(embeds.entries)} pictures{cut}")
+        progress.say(f"captions of {embeds.count} pictures{cut}")
         return io.NodeOutput(embeds)

@@ -1,16 +1,124 @@
-"""Datasets from folders."""
+"""Datasets from folders, tables, Hugging Face and S3, and from SimpleTuner's own file."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import folder_paths
 from comfy_api.latest import io
 
-from ..training.data.captions import STRATEGIES
+from ..training.config.databackend import read_databackend, resolve
+from ..training.config.dataset import (
+    ALIGNMENTS_PX,
+    BACKGROUNDS,
+    CAPTION_STRATEGIES,
+    CROP_STYLES,
+    ON_BAD_IMAGE,
+    RESOLUTION_TYPES,
+    CacheSettings,
+    CaptionSettings,
+    CaptionShuffle,
+    DatasetSettings,
+    GeometrySettings,
+    MixSettings,
+    SourceSettings,
+    TableSettings,
+)
 from ..training.data.dataset import Dataset, append, load_dataset
-from ..training.data.geometry import ALIGNMENT_PX, CROPS
-from ..training.data.source import folder_fingerprint
-from .places import dataset_folder
+from ..training.data.sources.opening import open_source
+from ..training.errors import Lumina2Error, SettingError
+from .inputs import advanced
+from .places import cache_root, dataset_folder
 from .progress import Progress
 from .sockets import DatasetSocket
+
+CROPS = ("preserve", "square", "closest", "random", "none")
+KINDS = ("image", "eval")
+
+
+def _rare() -> list[Any]:
+    """Options of Load Dataset that few need."""
+    size = {"default": 0.0, "min": 0.0, "max": 16384.0, "step": 1.0, "round": 0.001, "optional": True}
+    return [
+        io.Combo.Input("resolution_type", options=list(RESOLUTION_TYPES), default="pixel_area", optional=True,
+                       tooltip="The unit of resolution and sizes. pixel_area: the edge of a square of that area. "
+                       "pixel: the shorter edge. area: megapixels."),
+        io.Combo.Input("aspect_bucket_alignment", options=[str(a) for a in ALIGNMENTS_PX], default="64", optional=True,
+                       tooltip="Both sides are multiples of this many pixels."),
+        io.Combo.Input("crop_style", options=list(CROP_STYLES), default="center", optional=True,
+                       tooltip="Which part is kept: the middle, a random one, or the top left corner."),
+        io.String.Input("crop_aspect_buckets", default="", optional=True,
+                        tooltip="For crop closest and random: aspects (width / height) to choose from, such as "
+                        "1.0, 0.75, 1.33; for random with a weight each, 1.0: 0.5, 0.75: 0.5."),
+        io.Float.Input("minimum_image_size", **size, tooltip="Smaller pictures are left out. 0: none are."),
+        io.Float.Input("maximum_image_size", **size,
+                       tooltip="Larger pictures are first scaled to target_downsample_size, then cut. 0: off."),
+        io.Float.Input("target_downsample_size", **size, tooltip="See maximum_image_size."),
+        io.Float.Input("minimum_aspect_ratio", default=0.0, min=0.0, max=20.0, step=0.01, optional=True,
+                       tooltip="Pictures with a smaller width / height are left out. 0: none are."),
+        io.Float.Input("maximum_aspect_ratio", default=0.0, min=0.0, max=20.0, step=0.01, optional=True,
+                       tooltip="Pictures with a larger width / height are left out. 0: none are."),
+        io.Float.Input("max_upscale_threshold", default=-1.0, min=-1.0, max=10.0, step=0.05, optional=True,
+                       tooltip="0.2 leaves out what would be enlarged by more than 20 %. -1: off."),
+        io.Boolean.Input("horizontal_flip", default=False, optional=True,
+                         tooltip="Show each picture mirrored half of the time. Not for text or faces you know."),
+        io.Combo.Input("alpha_background", options=list(BACKGROUNDS), default="white", optional=True,
+                       tooltip="What shows through transparent parts."),
+        io.Boolean.Input("prepend_instance_prompt", default=False, optional=True,
+                         tooltip="Put the instance prompt before every caption."),
+        io.Boolean.Input("only_instance_prompt", default=False, optional=True,
+                         tooltip="Use the instance prompt in place of every caption."),
+        io.String.Input("trigger_word", default="", optional=True,
+                        tooltip="Put first in every caption that does not hold it already."),
+        io.Boolean.Input("disable_multiline_split", default=False, optional=True,
+                         tooltip="A text file is one caption; off: each of its lines is a variant."),
+        io.Boolean.Input("caption_shuffle", default=False, optional=True,
+                         tooltip="Add variants of each caption with its comma-separated tags in another order."),
+        io.Int.Input("shuffle_count", default=1, min=1, max=1000, optional=True, control_after_generate=False,
+                     tooltip="How many shuffled variants each caption gets; each is embedded once."),
+        io.Int.Input("keep_tokens", default=0, min=0, max=100, optional=True, control_after_generate=False,
+                     tooltip="So many tags at the front keep their place."),
+        io.Float.Input("tag_dropout", default=0.0, min=0.0, max=0.95, step=0.05, optional=True,
+                       tooltip="The share of the other tags that each shuffled variant leaves out."),
+        io.String.Input("caption_filter_list", default="", multiline=True, optional=True,
+                        tooltip="One entry a line, taken out of the captions: plain text, a regular expression, or "
+                        "s/this/that/ to replace."),
+        io.Float.Input("caption_dropout", default=-1.0, min=-1.0, max=1.0, step=0.05, optional=True,
+                       tooltip="The share of draws with an empty caption, for this dataset. -1: the training's own."),
+        io.String.Input("metadata_file", default="", optional=True,
+                        tooltip="A parquet, JSONL or csv file with captions by file name, for caption_strategy parquet "
+                        "and csv; relative to the folder."),
+        io.String.Input("filename_column", default="filename", optional=True, tooltip="Its column of file names."),
+        io.String.Input("caption_column", default="caption", optional=True,
+                        tooltip="Its column of captions; several, separated by commas, are variants."),
+        io.Combo.Input("dataset_type", options=list(KINDS), default="image", optional=True,
+                       tooltip="image: trained on. eval: held out, for the loss on pictures that were not seen."),
+        io.Int.Input("start_epoch", default=1, min=1, max=10**6, optional=True, control_after_generate=False,
+                     tooltip="The first epoch it is trained in."),
+        io.Int.Input("end_epoch", default=0, min=0, max=10**6, optional=True, control_after_generate=False,
+                     tooltip="The last epoch it is trained in. 0: all."),
+        io.Int.Input("start_step", default=0, min=0, max=10**9, optional=True, control_after_generate=False,
+                     tooltip="The step it joins at."),
+        io.Int.Input("end_step", default=0, min=0, max=10**9, optional=True, control_after_generate=False,
+                     tooltip="The step it leaves at. 0: never."),
+        io.Int.Input("max_num_samples", default=0, min=0, max=10**9, optional=True, control_after_generate=False,
+                     tooltip="Use only so many pictures, chosen by their names. 0: all."),
+        io.Int.Input("write_batch_size", default=128, min=1, max=10**5, optional=True, control_after_generate=False,
+                     tooltip="Cache entries that are written at a time: at most so many are lost in a crash."),
+        io.Boolean.Input("vae_cache_disable", default=False, optional=True,
+                         tooltip="Encode the pictures while training and write nothing; wire a VAE into the train "
+                         "node. Saves disk space and costs time."),
+        io.Boolean.Input("vae_cache_clear_each_epoch", default=False, optional=True,
+                         tooltip="New random crops in every epoch, encoded while training; wire a VAE into the train "
+                         "node. For crop_style random."),
+        io.Combo.Input("on_bad_image", options=list(ON_BAD_IMAGE), default="skip", optional=True,
+                       tooltip="What to do with a picture or caption that cannot be used: skip and name it, or stop."),
+        io.Int.Input("rescan", default=0, min=0, max=2**31, optional=True, control_after_generate=False,
+                     tooltip="Raise it to look at every file again. Only needed above 20,000 files, where a change "
+                     "inside a file is not noticed by itself."),
+    ]  # fmt: skip
 
 
 class Lumina2LoadDataset(io.ComfyNode):
@@ -25,27 +133,30 @@ class Lumina2LoadDataset(io.ComfyNode):
                 io.String.Input(
                     "folder",
                     default="bundled: nano-style",
-                    tooltip="The folder with your pictures: a full path, or one under ComfyUI's input folder. "
+                    tooltip="The folder with your pictures: a full path, or one under ComfyUI's input folder; a csv "
+                    "file, hf://name or s3://bucket/prefix. "
                     "bundled: nano-style, nano-style-heldout and nano-concept come with the plugin.",
                 ),
                 io.Int.Input(
                     "resolution",
                     default=1024,
-                    min=ALIGNMENT_PX,
-                    max=4096,
-                    step=ALIGNMENT_PX,
+                    min=1,
+                    max=16384,
+                    step=64,
                     tooltip="Pictures are scaled to about this number squared pixels; 1024 is best for Lumina2.",
                 ),
                 io.Combo.Input(
                     "crop",
                     options=list(CROPS),
-                    tooltip="preserve: the picture's own aspect, cut to multiples of 64. square: the middle square.",
+                    tooltip="preserve: the picture's own aspect, cut to multiples of 64. square: the middle square. "
+                    "closest, random: one of crop_aspect_buckets. none: scaled without a cut.",
                 ),
                 io.Combo.Input(
                     "caption_strategy",
-                    options=list(STRATEGIES),
+                    options=list(CAPTION_STRATEGIES),
                     tooltip="textfile: cat.txt beside cat.png, each line a variant. filename: the name itself. "
-                    "instanceprompt: the same text for all.",
+                    "instanceprompt: the same text for all. csv, parquet: from metadata_file. huggingface: from the "
+                    "dataset itself.",
                 ),
                 io.String.Input(
                     "instance_prompt",
@@ -62,40 +173,220 @@ class Lumina2LoadDataset(io.ComfyNode):
                     "A folder named 10_cats asks for 10 passes by itself.",
                 ),
                 DatasetSocket.Input("dataset", optional=True, tooltip="Another dataset to add these pictures to."),
+                io.Float.Input(
+                    "probability",
+                    default=1.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How often this dataset is drawn beside others, relative to them.",
+                ),
+                io.Boolean.Input(
+                    "is_regularisation_data",
+                    default=False,
+                    optional=True,
+                    tooltip="These pictures hold the model where it is: their target is what the model said before "
+                    "training. Use it for pictures of the class beside pictures of your subject.",
+                ),
+                *map(advanced, _rare()),
             ],
             outputs=[DatasetSocket.Output(display_name="dataset")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str | None = None, **_: object) -> str | float:
+    def fingerprint_inputs(cls, folder: str | None = None, **values: Any) -> str | float:
         if not folder or not folder.strip():  # linked, so that its value is not known here, or left empty
             return float("nan")
-        place = dataset_folder(folder)
-        return folder_fingerprint(place) if place.is_dir() else "missing"
+        try:
+            values = {name: value for name, value in values.items() if value is not None}
+            settings = dataset_settings(folder, **_defaults() | values)
+            return open_source(settings, cache_root() / "images").fingerprint()
+        except (Lumina2Error, TypeError):
+            return "missing"
 
     @classmethod
-    def execute(
-        cls,
-        folder: str,
-        resolution: int,
-        crop: str,
-        caption_strategy: str,
-        instance_prompt: str,
-        repeats: int,
-        dataset: Dataset | None = None,
-    ) -> io.NodeOutput:
-        progress = Progress(cls.hidden.unique_id)
-        loaded = load_dataset(
-            dataset_folder(folder),
-            resolution,
-            crop,
-            caption_strategy,
-            instance_prompt,
-            repeats,
-            lambda done, total: progress.step(done, f"reading picture {done + 1} of {total}", total),
+    def execute(cls, folder: str, dataset: Dataset | None = None, **values: Any) -> io.NodeOutput:
+        settings = dataset_settings(folder, **_defaults() | values)
+        return load_parts(cls.hidden.unique_id, (settings,), dataset)
+
+
+class Lumina2LoadDatasetConfig(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Lumina2LoadDatasetConfig",
+            display_name="Load Dataset Config",
+            category="Lumina2",
+            description="Reads the datasets of a SimpleTuner multidatabackend.json.",
+            inputs=[
+                io.String.Input(
+                    "file",
+                    default="",
+                    tooltip="The multidatabackend.json: a full path, or one under ComfyUI's input folder.",
+                ),
+                DatasetSocket.Input("dataset", optional=True, tooltip="Another dataset to add these to."),
+            ],
+            outputs=[DatasetSocket.Output(display_name="dataset"), io.String.Output(display_name="report")],
+            hidden=[io.Hidden.unique_id],
         )
-        sizes = {(s.geometry.width_px, s.geometry.height_px) for s in loaded.samples}
-        skipped = f"; {len(loaded.skipped)} skipped: {loaded.skipped[0]}" if loaded.skipped else ""
-        progress.say(f"{len(loaded.samples)} pictures in {len(sizes)} sizes{skipped}")
-        return io.NodeOutput(append(dataset, loaded) if dataset else loaded)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None = None, **_: object) -> str | float:
+        if not file or not file.strip():
+            return float("nan")
+        try:
+            settings = _configured(file)[0]
+            return " ".join(open_source(one, cache_root() / "images").fingerprint() for one in settings)
+        except Lumina2Error:
+            return "missing"
+
+    @classmethod
+    def execute(cls, file: str, dataset: Dataset | None = None) -> io.NodeOutput:
+        settings, notes = _configured(file)
+        loaded = load_parts(cls.hidden.unique_id, settings, dataset)[0]
+        report = [*notes, *(line for one in loaded.reports for line in one.lines())]
+        return io.NodeOutput(loaded, "\n".join(report))
+
+
+def load_parts(
+    node_id: str | None, settings: tuple[DatasetSettings, ...], before: Dataset | None = None
+) -> io.NodeOutput:
+    """The datasets, behind those that came before, with progress and a line on the node."""
+    progress = Progress(node_id)
+    found = before
+    for one in settings:
+        loaded = load_dataset(
+            one,
+            cache_root(),
+            lambda done, total: progress.step(done, f"reading picture {done} of {total}", total),
+        )
+        found = append(found, loaded) if found else loaded
+    if found is None:
+        raise SettingError("No dataset is enabled in this file. Remove disabled from one of them.")
+    progress.say("; ".join(report.lines()[0] + _problems(report.problems) for report in found.reports))
+    return io.NodeOutput(found)
+
+
+def _problems(problems: tuple[str, ...]) -> str:
+    return f"; {len(problems)} skipped: {problems[0]}" if problems else ""
+
+
+def _configured(file: str) -> tuple[tuple[DatasetSettings, ...], tuple[str, ...]]:
+    path = Path(folder_paths.get_input_directory()) / Path(file.strip().strip('"')).expanduser()
+    read = read_databackend(path)
+    folders = [Path(folder_paths.base_path), path.parent, *path.parent.parents]
+    return tuple(resolve(one, folders) for one in read.datasets), read.notes
+
+
+def _defaults() -> dict[str, Any]:
+    """What an optional widget means where a workflow or an API call leaves it out."""
+    optional = [widget for widget in Lumina2LoadDataset.define_schema().inputs if widget.id != "dataset"]
+    return {widget.id: widget.default for widget in optional if widget.id != "folder"}
+
+
+def dataset_settings(
+    folder: str,
+    *,
+    resolution: float,
+    crop: str,
+    caption_strategy: str,
+    instance_prompt: str,
+    repeats: int,
+    probability: float,
+    is_regularisation_data: bool,
+    **rare: Any,
+) -> DatasetSettings:
+    """Typed settings from the widgets of Load Dataset.
+
+    Raises:
+        SettingError: a value cannot be used.
+    """
+    source, name = _source(folder, rare)
+    threshold, dropout = rare["max_upscale_threshold"], rare["caption_dropout"]
+    return DatasetSettings(
+        id=name,
+        source=source,
+        geometry=GeometrySettings(
+            resolution=resolution,
+            resolution_type=rare["resolution_type"],
+            aspect_bucket_alignment=int(rare["aspect_bucket_alignment"]),
+            crop=crop != "none",
+            crop_aspect=crop if crop != "none" else "preserve",
+            crop_style=rare["crop_style"],
+            crop_aspect_buckets=_aspects(rare["crop_aspect_buckets"]),
+            minimum_image_size=rare["minimum_image_size"],
+            maximum_image_size=rare["maximum_image_size"],
+            target_downsample_size=rare["target_downsample_size"],
+            minimum_aspect_ratio=rare["minimum_aspect_ratio"],
+            maximum_aspect_ratio=rare["maximum_aspect_ratio"],
+            max_upscale_threshold=None if threshold < 0 else threshold,
+            horizontal_flip=rare["horizontal_flip"],
+            alpha_background=rare["alpha_background"],
+        ),
+        captions=CaptionSettings(
+            caption_strategy=caption_strategy,
+            instance_prompt=(instance_prompt.strip(),) if instance_prompt.strip() else (),
+            prepend_instance_prompt=rare["prepend_instance_prompt"],
+            only_instance_prompt=rare["only_instance_prompt"],
+            trigger_word=rare["trigger_word"].strip(),
+            disable_multiline_split=rare["disable_multiline_split"],
+            caption_shuffle=CaptionShuffle(
+                enable=rare["caption_shuffle"],
+                count=rare["shuffle_count"],
+                position_start=rare["keep_tokens"],
+                tag_dropout=rare["tag_dropout"],
+            ),
+            caption_filter_list=tuple(line for line in rare["caption_filter_list"].splitlines() if line.strip()),
+            caption_dropout_probability=None if dropout < 0 else dropout,
+        ),
+        mix=MixSettings(
+            dataset_type=rare["dataset_type"],
+            repeats=repeats,
+            probability=probability,
+            start_epoch=rare["start_epoch"],
+            end_epoch=rare["end_epoch"],
+            start_step=rare["start_step"],
+            end_step=rare["end_step"],
+            is_regularisation_data=is_regularisation_data,
+            max_num_samples=rare["max_num_samples"],
+        ),
+        cache=CacheSettings(
+            write_batch_size=rare["write_batch_size"],
+            vae_cache_disable=rare["vae_cache_disable"],
+            vae_cache_clear_each_epoch=rare["vae_cache_clear_each_epoch"],
+            on_bad_image=rare["on_bad_image"],
+        ),
+    )
+
+
+def _source(folder: str, rare: dict[str, Any]) -> tuple[SourceSettings, str]:
+    """Where the pictures come from by how the folder is written, and a name for the dataset."""
+    written = folder.strip().strip('"')
+    columns = tuple(name.strip() for name in rare["caption_column"].split(",") if name.strip())
+    table = TableSettings(rare["metadata_file"].strip(), rare["filename_column"].strip(), columns)
+    if written.startswith("s3://"):
+        address = urlsplit(written)
+        source = SourceSettings("aws", aws_bucket_name=address.netloc, aws_data_prefix=address.path.strip("/"),
+                                table=table)  # fmt: skip
+        return source, address.netloc
+    if written.startswith("hf://"):
+        name = written.removeprefix("hf://")
+        return SourceSettings("huggingface", dataset_name=name, table=table), name.rsplit("/", 1)[-1]
+    place = dataset_folder(folder)
+    if place.suffix.lower() == ".csv":
+        file = TableSettings(place.name, table.filename_column, table.caption_column)
+        return SourceSettings("csv", str(place.parent), file), place.stem
+    return SourceSettings("local", str(place), table), place.name
+
+
+def _aspects(written: str) -> tuple[tuple[float, float], ...]:
+    """``1.0: 0.5, 0.75: 0.5`` or ``1.0, 0.75`` to pairs of aspect and weight."""
+    try:
+        pairs = [entry.split(":") for entry in written.split(",") if entry.strip()]
+        return tuple((float(pair[0]), float(pair[1]) if len(pair) > 1 else 1.0) for pair in pairs)
+    except ValueError:
+        raise SettingError(
+            f"crop_aspect_buckets is {written!r}; write aspects such as 1.0, 0.75, or with weights 1.0: 0.5, 0.75: 0.5."
+        ) from None

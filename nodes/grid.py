@@ -60,3 +60,28 @@ def _open(name: str, size: int) -> ImageFont.FreeTypeFont | None:
         return ImageFont.truetype(name, size)
     except OSError:
         return None
+
+
+def captioned_sheet(crops: list[np.ndarray], captions: list[str], columns: int = 6) -> Tensor:
+    """One picture (1, height, width, 3) of crops (h, w, 3) uint8 of any size, each with its size and caption below."""
+    columns = min(columns, len(crops))
+    font = _font(12)
+    line, lines = 16, 4
+    cell_height = CELL_PX + line * lines + MARGIN_PX
+    rows = -(-len(crops) // columns)
+    size = (columns * (CELL_PX + MARGIN_PX) + MARGIN_PX, rows * cell_height + MARGIN_PX)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (crop, caption) in enumerate(zip(crops, captions, strict=True)):
+        row, column = divmod(number, columns)
+        left, top = MARGIN_PX + column * (CELL_PX + MARGIN_PX), MARGIN_PX + row * cell_height
+        height, width = crop.shape[:2]
+        scale = CELL_PX / max(height, width)
+        shown = (max(1, round(width * scale)), max(1, round(height * scale)))
+        picture = Image.fromarray(crop).resize(shown, Image.Resampling.BICUBIC)
+        sheet.paste(picture, (left + (CELL_PX - shown[0]) // 2, top + (CELL_PX - shown[1]) // 2))
+        words = [f"{width}×{height}", *textwrap.wrap(caption, 30)[: lines - 1]]
+        for place, text in enumerate(words):
+            colour = (140, 140, 140) if place == 0 else (60, 60, 60)
+            pen.text((left, top + CELL_PX + 2 + place * line), text, fill=colour, font=font)
+    return torch.from_numpy(np.asarray(sheet).astype(np.float32) / 255)[None]

@@ -33,8 +33,13 @@ def dataset_folder(named: str) -> Path:
     return Path(folder_paths.get_input_directory()) / Path(named).expanduser()
 
 
+def cache_root() -> Path:
+    """Where caches, indices and pictures from the graph are kept."""
+    return Path(folder_paths.get_output_directory(), SUBFOLDER, ".cache")
+
+
 def cache(kind: str) -> Store:
-    return Store(str(Path(folder_paths.get_output_directory(), SUBFOLDER, ".cache", kind)))
+    return Store(str(cache_root() / kind))
 
 
 def runs() -> RunStore:

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.utils
 
 TEXT_EVERY_S = 0.3
+
+
+def counting(progress: Progress, what: str) -> Callable[[int, int], None]:
+    """Shows ``<what> 3 of 20`` and the time left, for work that tells (done, total)."""
+    began = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        left = f", {duration((time.monotonic() - began) / done * (total - done))} left" if 0 < done < total else ""
+        progress.step(done, f"{what} {done} of {total}{left}", total)
+
+    return show
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 class Progress:

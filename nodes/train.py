@@ -15,7 +15,7 @@ from ..training.cache.texts import TextCache
 from ..training.config.settings import RESUME, LoRASettings, TrainSettings
 from ..training.run.session import Outcome, Request, Watcher, train_lora
 from . import places
-from .progress import Progress
+from .progress import Progress, duration
 from .sockets import AdapterSocket, EmbedsSocket, LatentsSocket, LoraModelSocket, LossMapSocket
 
 SAMPLES, SAMPLE_STEPS, SAMPLE_GUIDANCE = 2, 20, 4.0
@@ -160,6 +160,7 @@ class TrainLumina2LoRA(io.ComfyNode):
                 places.runs(),
                 model.model.process_latent_in,
                 _watcher(progress, steps),
+                vae.encode if vae is not None else None,
             )
         trained = with_lora(model, outcome.lora, 1.0)
         loss_map = {"loss": outcome.losses}
@@ -181,18 +182,12 @@ def _watcher(progress: Progress, steps: int) -> Watcher:
         nonlocal began
         began = began or (time.monotonic(), done)
         passed, trained = time.monotonic() - began[0], done - began[1]
-        left = f", {_duration(passed / trained * (steps - done))} left" if trained else ""
+        left = f", {duration(passed / trained * (steps - done))} left" if trained else ""
         rate = f", {passed / trained:.2g} s a step" if trained else ""
         known = f", loss {loss:.4f}" if math.isfinite(loss) else ""
         progress.step(done, f"step {done} of {steps}{known}{rate}{left}", steps)
 
     return Watcher(progress.say, before_step)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _summary(outcome: Outcome) -> str:
@@ -206,16 +201,17 @@ def _samples(
     """Pictures of the first captions in the first picture's size, with the LoRA on."""
     from .draw import draw
 
-    _, height, width = latents.entries[0].shape
-    negative = embeds.store.read(embeds.empty).float()
+    _, height, width = latents.rows().shape[0].tolist()
+    entries, said = embeds.store.open(), embeds.rows()
+    negative = entries.read(embeds.empty).float()
     pictures = []
-    for number, entry in enumerate(embeds.entries[:SAMPLES]):
-        progress.say(f"drawing sample {number + 1} of {min(SAMPLES, len(embeds.entries))}")
+    for number in range(min(SAMPLES, embeds.count)):
+        progress.say(f"drawing sample {number + 1} of {min(SAMPLES, embeds.count)}")
         pictures.append(
             draw(
                 model,
                 vae,
-                embeds.store.read(entry.keys[0]).float(),
+                entries.read(said.variants(number)[0]).float(),
                 negative,
                 (width * 8, height * 8),
                 SAMPLE_STEPS,

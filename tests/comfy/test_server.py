@@ -13,6 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 NODES = {
     "Lumina2LoadDiffusers": "Load Lumina2 (Diffusers)",
     "Lumina2LoadDataset": "Load Dataset",
+    "Lumina2LoadDatasetConfig": "Load Dataset Config",
+    "Lumina2DatasetFromImages": "Dataset from Images",
+    "Lumina2DatasetFromLatents": "Dataset from Latents",
+    "Lumina2SaveCaptions": "Save Captions",
+    "Lumina2PreviewDataset": "Preview Dataset",
     "Lumina2CacheLatents": "Cache Latents",
     "Lumina2CacheTextEmbeds": "Cache Text Embeds",
     "Lumina2LoRASettings": "LoRA Settings",

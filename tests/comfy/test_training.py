@@ -236,7 +236,7 @@ def test_interrupt_keeps_what_was_trained_and_queueing_goes_on_from_there(traine
     [
         (lambda folder: None, "does not exist. Choose the folder"),
         (lambda folder: folder.mkdir(), "holds no pictures"),
-        (lambda folder: (folder.mkdir(), Image.new("RGB", (64, 64)).save(folder / "a.png")), "Add a.txt, or choose"),
+        (lambda folder: (folder.mkdir(), Image.new("RGB", (64, 64)).save(folder / "a.png")), "add a.txt, or choose"),
     ],
     ids=["no folder", "no pictures", "no captions"],
 )

@@ -1,17 +1,23 @@
-"""From a folder to batches: pictures, captions, crops and the order they are drawn in."""
+"""From a folder to rows: what an index knows, what a dataset keeps, and what it says of the rest."""
 
-import random
-from collections import Counter
+import os
+from dataclasses import replace
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from training.data.dataset import append, load_dataset
-from training.data.geometry import plan_crop
-from training.data.pictures import load_picture, picture_size
-from training.data.sampler import Sampler
-from training.data.source import folder_fingerprint
+from training.config.dataset import (
+    CacheSettings,
+    CaptionSettings,
+    DatasetSettings,
+    GeometrySettings,
+    MixSettings,
+    SourceSettings,
+)
+from training.data import index as index_module
+from training.data.dataset import append, load_dataset, open_rows
+from training.data.index import read_index
+from training.data.sources.local import LocalFolder
 from training.errors import DataError
 
 
@@ -21,163 +27,220 @@ def save(path, size=(80, 60), colour="red", **options):
     return path
 
 
-def test_a_missing_or_empty_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"cats does not exist\. Choose the folder"):
-        load_dataset(tmp_path / "cats", 64)
+def settings(folder, strategy="filename", **groups):
+    return DatasetSettings(
+        id=folder.name,
+        source=SourceSettings(instance_data_dir=str(folder)),
+        geometry=groups.get("geometry", GeometrySettings(64)),
+        captions=groups.get("captions", CaptionSettings(strategy)),
+        mix=groups.get("mix", MixSettings()),
+        cache=groups.get("cache", CacheSettings()),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "cats").mkdir()
+    return tmp_path / "cats"
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tmp_path / "place"
+
+
+def captions_of(dataset):
+    rows = open_rows(dataset.parts[0])
+    return dict(zip(rows.ids.to_pylist(), rows.captions.to_pylist(), strict=True))
+
+
+class Counted(LocalFolder):
+    """A folder that tells which pictures and captions were read."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.heads, self.texts = [], []
+
+    def head(self, id):
+        self.heads.append(id)
+        return super().head(id)
+
+    def text(self, id):
+        self.texts.append(id)
+        return super().text(id)
+
+
+def test_a_missing_or_empty_folder_is_named(tmp_path, place):
+    with pytest.raises(DataError, match=r"dogs does not exist\. Choose the folder"):
+        load_dataset(settings(tmp_path / "dogs"), place)
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(DataError, match="holds no pictures"):
-        load_dataset(tmp_path, 64)
+        load_dataset(settings(tmp_path), place)
     with pytest.raises(DataError, match="is a file, not a folder"):
-        load_dataset(tmp_path / "notes.txt", 64)
+        load_dataset(settings(tmp_path / "notes.txt"), place)
 
 
-def test_all_missing_captions_are_counted_at_once(tmp_path):
-    for name in ("a", "sub/b", "c"):
-        save(tmp_path / f"{name}.png")
-    (tmp_path / "a.txt").write_text("first\n\n second \n", encoding="utf-8")
-    (tmp_path / "c.txt").write_text(" \n")
-    with pytest.raises(DataError, match=r"missing for 2 of 3 pictures \(first: c\.png\)\. Add c\.txt"):
-        load_dataset(tmp_path, 64)
-    (tmp_path / "c.txt").write_text("third")
-    (tmp_path / "sub/b.txt").write_bytes("für".encode("latin-1"))
-    with pytest.raises(DataError, match=r"b\.txt is not UTF-8"):
-        load_dataset(tmp_path, 64)
-    (tmp_path / "sub/b.txt").write_text("\ufeffwith mark", encoding="utf-8")
-    captions = {sample.id: sample.captions for sample in load_dataset(tmp_path, 64).samples}
-    assert captions == {"a.png": ("first", "second"), "c.png": ("third",), "sub/b.png": ("with mark",)}
-
-
-def test_captions_from_names_and_from_one_prompt(tmp_path):
-    save(tmp_path / "red_apple.png")
-    assert load_dataset(tmp_path, 64, caption_strategy="filename").samples[0].captions == ("red apple",)
-    prompted = load_dataset(tmp_path, 64, caption_strategy="instanceprompt", instance_prompt=" a zorblax ")
-    assert prompted.samples[0].captions == ("a zorblax",)
-    with pytest.raises(DataError, match="instance_prompt is empty"):
-        load_dataset(tmp_path, 64, caption_strategy="instanceprompt")
-
-
-def test_pictures_that_cannot_be_read_are_skipped_and_named(tmp_path):
-    save(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"not a picture")
-    (tmp_path / "empty.jpg").touch()
-    dataset = load_dataset(tmp_path, 64, caption_strategy="filename")
-    assert [sample.id for sample in dataset.samples] == ["good.png"]
-    assert len(dataset.skipped) == 2
-    assert "bad.png cannot be read" in dataset.skipped[0]
-    (tmp_path / "good.png").unlink()
-    with pytest.raises(DataError, match="None of the 2 pictures"):
-        load_dataset(tmp_path, 64, caption_strategy="filename")
-
-
-def test_kohya_folder_names_ask_for_passes(tmp_path):
-    save(tmp_path / "10_cats" / "a.png")
-    save(tmp_path / "other" / "b.png")
-    dataset = load_dataset(tmp_path, 64, caption_strategy="filename", repeats=2)
-    assert [sample.repeats for sample in dataset.samples] == [9, 2]
-    assert load_dataset(tmp_path / "10_cats", 64, caption_strategy="filename").samples[0].repeats == 9
-
-
-def test_appended_datasets_keep_their_ids_apart(tmp_path):
-    save(tmp_path / "a.png")
-    one = load_dataset(tmp_path, 64, caption_strategy="filename")
-    three = append(append(one, one), one)
-    assert len({sample.id for sample in three.samples}) == 3
-
-
-def test_the_fingerprint_follows_names_sizes_and_times(tmp_path):
-    save(tmp_path / "a.png")
-    before = folder_fingerprint(tmp_path)
-    assert folder_fingerprint(tmp_path) == before
-    (tmp_path / "a.txt").write_text("one")
-    assert folder_fingerprint(tmp_path) != before
-
-
-def test_crops_cover_the_bucket_and_keep_the_middle():
-    generator = random.Random(0)
-    for _ in range(500):
-        width, height = generator.randint(1, 5000), generator.randint(1, 5000)
-        resolution, crop = generator.choice([64, 512, 1024]), generator.choice(["preserve", "square"])
-        plan = plan_crop(width, height, resolution, crop)
-        assert plan.width_px % 64 == plan.height_px % 64 == 0
-        assert plan.width_px >= 64 <= plan.height_px
-        assert plan.scaled_width_px >= plan.width_px
-        assert plan.scaled_height_px >= plan.height_px
-        assert 0 <= plan.scaled_width_px - plan.width_px - 2 * plan.left_px <= 1
-        assert 0 <= plan.scaled_height_px - plan.height_px - 2 * plan.top_px <= 1
-        # cut along one side only, and scaled alike in both
-        assert plan.scaled_width_px == plan.width_px or plan.scaled_height_px == plan.height_px
-    assert plan_crop(2000, 1000, 1024, "square").width_px == 1024
-    wide = plan_crop(2000, 1000, 1024, "preserve")
-    assert (wide.width_px, wide.height_px) == (1472, 704)
-    assert plan_crop(4000, 2000, 1024, "preserve").width_px == 1472  # the aspect alone decides
-
-
-def test_pictures_stand_upright_over_white_and_in_the_middle(tmp_path):
-    turned = Image.new("RGB", (80, 40), "blue")
-    turned.paste("red", (0, 0, 40, 40))  # left half
-    exif = Image.Exif()
-    exif[0x0112] = 6  # seen: turned right, so that the left half lies on top
-    turned.save(tmp_path / "turned.png", exif=exif)
-    assert picture_size(tmp_path / "turned.png") == (40, 80)
-    pixels = load_picture(tmp_path / "turned.png", plan_crop(40, 80, 64, "square"))
-    assert pixels.shape == (64, 64, 3)
-    assert pixels[5, 32].tolist() == [255, 0, 0]
-    assert pixels[60, 32].tolist() == [0, 0, 255]
-
-    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
-    clear.paste((0, 0, 0, 255), (16, 16, 48, 48))
-    clear.save(tmp_path / "clear.png")
-    pixels = load_picture(tmp_path / "clear.png", plan_crop(64, 64, 64, "square"))
-    assert pixels[2, 2].tolist() == [255, 255, 255]
-    assert pixels[32, 32].tolist() == [0, 0, 0]
+def test_pictures_without_a_caption_are_skipped_and_named(folder, place):
+    for name in ("a", "sub/b", "c", "d"):
+        save(folder / f"{name}.png")
+    (folder / "a.txt").write_text("first\n\n second \n", encoding="utf-8")
+    (folder / "c.txt").write_text(" \n")
+    (folder / "sub/b.txt").write_bytes("für".encode("latin-1"))
+    dataset = load_dataset(settings(folder, "textfile"), place)
+    assert captions_of(dataset) == {"a.png": ["first", "second"]}
+    assert (dataset.reports[0].pictures, dataset.reports[0].kept) == (4, 1)
+    said = "\n".join(dataset.skipped)
+    assert "c.txt" in said
+    assert "d.txt" in said
+    assert "not UTF-8" in said
+    (folder / "a.txt").unlink()
+    with pytest.raises(DataError, match=r"None of the 4 pictures.* The first: .*a\.txt"):
+        load_dataset(settings(folder, "textfile"), place)
 
 
 @pytest.mark.parametrize(
-    ("name", "mode", "colour"),
-    [("cmyk.jpg", "CMYK", (0, 255, 255, 0)), ("grey16.png", "I;16", 30000), ("palette.gif", "P", 1), ("l.png", "L", 9)],
+    ("name", "content"),
+    [("broken.png", b"not a picture"), ("empty.jpg", b""), ("cut.jpg", None), ("said.txt", b"\xff\xfe\xfa")],
 )
-def test_every_kind_of_picture_becomes_rgb(tmp_path, name, mode, colour):
-    Image.new(mode, (64, 64), colour).save(tmp_path / name)
-    pixels = load_picture(tmp_path / name, plan_crop(64, 64, 64, "square"))
-    assert pixels.shape == (64, 64, 3)
-    assert pixels.dtype == np.uint8
-    if mode == "CMYK":
-        assert pixels[0, 0, 0] > 200 > pixels[0, 0, 1]
-    if mode == "I;16":
-        assert abs(int(pixels[0, 0, 0]) - 30000 // 257) <= 1
+def test_on_bad_image_stop_stops_at_the_first(folder, place, name, content):
+    save(folder / "good.png")
+    save(folder / "said.png")
+    (folder / "good.txt").write_text("good")
+    (folder / "said.txt").write_text("said")
+    if content is None:
+        whole = save(folder / name, size=(300, 200)).read_bytes()
+        content = whole[:60]
+    (folder / name).write_bytes(content)
+    (folder / name).with_suffix(".txt").write_bytes(content if name == "said.txt" else b"a caption")
+    bad = "said.png" if name == "said.txt" else name
+    dataset = load_dataset(settings(folder, "textfile"), place)
+    assert bad not in captions_of(dataset)
+    assert len(dataset.skipped) == 1
+    assert bad.split(".")[0] in dataset.skipped[0]
+    with pytest.raises(DataError, match=bad.split(".")[0]):
+        load_dataset(settings(folder, "textfile", cache=CacheSettings(on_bad_image="stop")), place)
 
 
-def test_a_picture_cut_short_is_named(tmp_path):
-    path = tmp_path / "cut.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
-    path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(DataError, match=r"cut\.png cannot be read"):
-        load_picture(path, plan_crop(64, 64, 64, "square"))
+def test_a_second_scan_reads_only_what_changed(folder, place):
+    for name in "abc":
+        save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    source = Counted(folder)
+    first = load_dataset(settings(folder, "textfile"), place, source=source)
+    assert sorted(source.heads) == ["a.png", "b.png", "c.png"]
+
+    def again(strategy="textfile"):
+        source.heads.clear()
+        source.texts.clear()
+        return load_dataset(settings(folder, strategy), place, source=source)
+
+    assert again() == first
+    assert (source.heads, source.texts) == ([], [])
+    (folder / "b.txt").write_text("another")
+    changed = again()
+    assert (source.heads, source.texts) == ([], ["b.png"])
+    assert changed.parts[0].digest != first.parts[0].digest
+    assert captions_of(changed)["b.png"] == ["another"]
+    save(folder / "c.png", size=(60, 80))
+    assert again().parts[0].digest != changed.parts[0].digest
+    assert source.heads == ["c.png"]
+    (folder / "a.png").unlink()
+    save(folder / "d.png")
+    (folder / "d.txt").write_text("d")
+    assert list(captions_of(again())) == ["b.png", "c.png", "d.png"]
+    assert source.heads == ["d.png"]
+    again("filename")
+    assert source.heads == []  # sizes are known, whatever is said of the pictures
+    with pytest.raises(DataError, match="changed while they were used"):
+        open_rows(first.parts[0])
 
 
-def test_batches_hold_one_bucket_and_an_epoch_holds_everything():
-    buckets = ["wide"] * 5 + ["tall"] * 8
-    repeats = [0] * 4 + [2] + [0] * 8
-    sampler = Sampler(buckets, repeats, 4, seed=1)
-    assert sampler.steps_per_epoch == 2 + 2  # 7 wide ones, 8 tall ones
-    epoch = [sampler.batch(step) for step in range(4)]
-    assert all(len(batch) == 4 and len({buckets[i] for i in batch}) == 1 for batch in epoch)
-    seen = Counter(index for batch in epoch for index in batch)
-    assert set(seen) == set(range(13))
-    assert all(seen[i] == 1 for i in range(5, 13))
-    assert seen[4] >= 3
-    assert sum(seen[i] for i in range(5)) == 8  # 7 and one again to fill the batch
+def test_a_damaged_index_is_made_anew(folder, place):
+    save(folder / "a.png")
+    dataset = load_dataset(settings(folder), place)
+    file = next((place / "index").glob("*.parquet"))
+    file.write_bytes(file.read_bytes()[:100])
+    assert read_index(file) is None
+    assert load_dataset(settings(folder), place) == dataset
 
 
-def test_batches_depend_on_seed_and_step_alone():
-    def batches(seed, steps):
-        sampler = Sampler(["a"] * 10, [0] * 10, 3, seed)
-        return [sampler.batch(step) for step in steps]
+def test_an_interrupted_scan_goes_on_from_what_was_read(folder, place, monkeypatch):
+    monkeypatch.setattr(index_module, "SEGMENT_ROWS", 10)
+    monkeypatch.setattr(index_module, "CHUNK_ROWS", 2)
+    for number in range(50):
+        save(folder / f"{number:03d}.png")
+    source = Counted(folder)
 
-    forward = batches(1, range(40))
-    assert batches(1, [39, 3, 20]) == [forward[39], forward[3], forward[20]]
-    assert batches(2, range(40)) != forward
-    assert forward[:4] != forward[4:8]  # another epoch, another order
-    assert Sampler(["a"], [0], 4, 0).batch(0) == [0, 0, 0, 0]
-    with pytest.raises(DataError, match="empty"):
-        Sampler([], [], 1, 0)
+    def interrupt(done, total):
+        if done >= 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_dataset(settings(folder), place, interrupt, source)
+    read = len(source.heads)
+    assert read < 50
+    load_dataset(settings(folder), place, source=source)
+    assert len(source.heads) <= read + 50 - 20
+    assert sorted(set(source.heads)) == [f"{number:03d}.png" for number in range(50)]
+
+
+def test_what_is_left_out_is_counted_with_its_reason(folder, place):
+    save(folder / "good.png", size=(100, 100))
+    save(folder / "small.png", size=(30, 100))
+    save(folder / "wide.png", size=(500, 100))
+    geometry = GeometrySettings(64, crop_aspect="square", minimum_image_size=50, maximum_aspect_ratio=2)
+    dataset = load_dataset(settings(folder, geometry=geometry), place)
+    assert {reason: (count, names) for reason, count, names in dataset.reports[0].dropped} == {
+        "smaller than minimum_image_size": (1, ("small.png",)),
+        "aspect above maximum_aspect_ratio": (1, ("wide.png",)),
+    }
+    assert dataset.reports[0].buckets == ((64, 64, 1),)
+    assert any("left out: 1 smaller than minimum_image_size (small.png)" in line for line in dataset.reports[0].lines())
+    with pytest.raises(DataError, match=r"leave out all 3 pictures.*Change the filters"):
+        load_dataset(settings(folder, geometry=replace(geometry, minimum_image_size=900)), place)
+
+
+def test_kohya_folder_names_ask_for_passes(folder, place):
+    save(folder / "10_cats" / "a.png")
+    save(folder / "other" / "b.png")
+    dataset = load_dataset(settings(folder, mix=MixSettings(repeats=2)), place)
+    assert open_rows(dataset.parts[0]).repeats.tolist() == [9, 2]
+
+
+def test_a_limit_takes_the_same_pictures_whatever_else_is_there(folder, place):
+    for number in range(20):
+        save(folder / f"{number}.png")
+    limited = settings(folder, mix=MixSettings(max_num_samples=5))
+    first = set(open_rows(load_dataset(limited, place).parts[0]).ids.to_pylist())
+    assert len(first) == 5
+    gone = next(f"{n}.png" for n in range(20) if f"{n}.png" not in first)
+    (folder / gone).unlink()
+    assert set(open_rows(load_dataset(limited, place).parts[0]).ids.to_pylist()) == first
+
+
+def test_datasets_of_one_name_are_told_apart(folder, place):
+    save(folder / "a.png")
+    one = load_dataset(settings(folder), place)
+    both = append(append(one, one), one)
+    assert [part.settings.id for part in both.parts] == ["cats", "cats-2", "cats-3"]
+    assert both.pictures == 3
+
+
+def test_random_crops_differ_between_epochs_and_keep_their_size(folder, place):
+    for number in range(5):
+        save(folder / f"{number}.png", size=(300, 100))
+    geometry = GeometrySettings(64, crop_aspect="random", crop_style="random", crop_aspect_buckets=((1, 1), (2, 1)))
+    part = load_dataset(settings(folder, geometry=geometry), place).parts[0]
+    plans = [open_rows(part, epoch).plan for epoch in range(4)]
+    assert len({tuple(plan.left_px.tolist()) for plan in plans}) == 4
+    assert len({tuple(plan.width_px.tolist()) for plan in plans}) == 1
+    assert open_rows(part, 2).plan.left_px.tolist() == plans[2].left_px.tolist()
+
+
+def test_the_time_of_a_file_alone_is_enough_to_look_again(folder, place):
+    save(folder / "a.png")
+    source = Counted(folder)
+    load_dataset(settings(folder), place, source=source)
+    os.utime(folder / "a.png", ns=(1, 1))
+    load_dataset(settings(folder), place, source=source)
+    assert source.heads == ["a.png", "a.png"]

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from training.adapter.files import check_lora, comfyui_lora
 from training.adapter.lora import add_lora, target_modules
-from training.cache.latents import LatentCache, LatentEntry
+from training.cache.given import keep_given
 from training.cache.store import Store
-from training.cache.texts import TextCache, TextEntry
+from training.config.dataset import MixSettings
 from training.config.settings import LoRASettings, TrainSettings, check_run_name, deciding
 from training.errors import DataError, ModelError, RunError, SettingError
 from training.model.config import TransformerConfig
@@ -37,20 +37,23 @@ def transformer(seed=0):
     return made
 
 
+def tensors():
+    """Five latents in two sizes, and captions of 2 to 6 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn((4, 4, 4) if n < 3 else (4, 4, 8), generator=generator) for n in range(5)]
+    texts = [torch.randn(2 + n, 8, generator=generator).bfloat16() for n in range(5)]
+    return latents, texts, torch.randn(1, 8, generator=generator)
+
+
+def given(tmp_path, numbers=range(5), **mix):
+    latents, texts, empty = tensors()
+    stores = Store(str(tmp_path / "latents")), Store(str(tmp_path / "text"))
+    return keep_given([latents[n] for n in numbers], [texts[n] for n in numbers], empty, *stores, MixSettings(**mix))
+
+
 @pytest.fixture
 def caches(tmp_path):
-    """Five pictures in two sizes, with captions of different lengths."""
-    latents, texts = Store(str(tmp_path / "latents")), Store(str(tmp_path / "text"))
-    generator = torch.Generator().manual_seed(0)
-    entries, captions = [], []
-    for number in range(5):
-        shape = (4, 4, 4) if number < 3 else (4, 4, 8)
-        latents.write(f"aa{number}", torch.randn(shape, generator=generator))
-        texts.write(f"bb{number}", torch.randn(2 + number, 8, generator=generator).bfloat16())
-        entries.append(LatentEntry(f"{number}.png", f"aa{number}", shape, 0))
-        captions.append(TextEntry(f"{number}.png", (f"bb{number}",)))
-    texts.write("empty", torch.randn(1, 8, generator=generator).bfloat16())
-    return LatentCache(latents, tuple(entries)), TextCache(texts, tuple(captions), "empty")
+    return given(tmp_path)
 
 
 @pytest.fixture
@@ -150,26 +153,20 @@ def test_other_settings_train_into_another_folder_and_going_back_finds_the_first
     assert run.steps == 8  # another name is another family
 
 
-def test_other_pictures_are_another_run_but_other_paths_are_not(run, caches):
-    run()
-    latents, texts = caches
-    renamed = (
-        replace(latents, entries=tuple(replace(e, sample="x" + e.sample) for e in reversed(latents.entries))),
-        replace(texts, entries=tuple(replace(e, sample="x" + e.sample) for e in texts.entries)),
-    )
-    run(caches=renamed)
-    assert run.steps == 0
-    fewer = (replace(latents, entries=latents.entries[:4]), texts)
-    run(caches=fewer)
-    assert run.steps == 8
-
-
-def test_order_of_files_does_not_change_the_training(run, caches, tmp_path):
+def test_other_pictures_are_another_run_but_another_order_is_not(run, tmp_path):
     first = run()
-    latents, texts = caches
-    turned = (replace(latents, entries=latents.entries[::-1]), texts)
+    turned = given(tmp_path, range(4, -1, -1))
+    run(caches=turned)
+    assert run.steps == 0
+    run(caches=given(tmp_path, range(4)))
+    assert run.steps == 8
+    run(caches=given(tmp_path, repeats=1))
+    assert run.steps == 8
+    run(caches=given(tmp_path, is_regularisation_data=True))
+    assert run.steps == 8
     run.store = RunStore(tmp_path / "other", tmp_path / "other loras")
     assert same(run(caches=turned).lora, first.lora)
+    assert run.steps == 8
 
 
 def test_going_on_equals_never_having_stopped(run, store, tmp_path):
@@ -292,29 +289,37 @@ def test_settings_out_of_range_are_refused(wrong):
         TrainSettings(**wrong)
 
 
-def test_pictures_without_captions_are_counted(caches):
-    latents, texts = caches
-    with pytest.raises(DataError, match=r"1 of 5 pictures have no cached caption \(first: 4\.png\)"):
-        Batches(latents, replace(texts, entries=texts.entries[:4]), SETTINGS, lambda z: z)
+def test_pictures_without_captions_are_counted(caches, tmp_path):
+    latents, _ = caches
+    _, texts = given(tmp_path, range(4))
+    with pytest.raises(DataError, match=r"1 of 5 pictures have no cached caption \(first: 00000004\)"):
+        Batches(latents, texts, SETTINGS, lambda z: z)
 
 
 def test_batches_are_what_the_objective_says(caches):
-    latents, texts = caches
-    with Batches(latents, texts, replace(SETTINGS, caption_dropout=0.0), lambda z: z * 0.5) as batches:
+    latents, texts, _ = tensors()
+    with Batches(*caches, replace(SETTINGS, caption_dropout=0.0), lambda z: z * 0.5) as batches:
         taken = [batches.take(step) for step in range(30)]
         assert torch.equal(batches.make(7).noise, taken[7].noise)
     for batch in taken:
         for row, length in enumerate(batch.lengths):
             number = length - 2  # captions have 2, 3, … tokens
-            assert torch.equal(batch.latents[row], latents.store.read(f"aa{number}") * 0.5)
-            assert torch.equal(batch.captions[row, :length], texts.store.read(f"bb{number}"))
+            assert torch.equal(batch.latents[row], latents[number] * 0.5)
+            assert torch.equal(batch.captions[row, :length], texts[number])
             assert batch.captions[row, length:].abs().sum() == 0
     noise = torch.cat([batch.noise.flatten() for batch in taken])
     assert abs(noise.mean()) < 0.05
     assert abs(noise.std() - 1) < 0.05
     assert len({batch.sigmas[0].item() for batch in taken}) == 30
-    with Batches(latents, texts, replace(SETTINGS, caption_dropout=1.0), lambda z: z) as batches:
+    with Batches(*caches, replace(SETTINGS, caption_dropout=1.0), lambda z: z) as batches:
         assert batches.take(0).lengths == (1, 1)
+
+
+def test_regularisation_pictures_keep_the_model_where_it_is(run, tmp_path):
+    """Their target is the base model's own prediction, which an adapter that is still zero meets exactly."""
+    outcome = run(caches=given(tmp_path, is_regularisation_data=True))
+    assert max(outcome.losses) < 1e-9
+    assert all(weight.abs().max() < 1e-3 for key, weight in outcome.lora.items() if "lora_B" in key)
 
 
 def test_gradients_that_are_not_finite_change_nothing_and_end_the_run(run, store):
@@ -404,8 +409,7 @@ def test_a_fingerprint_knows_weights_not_precision():
     assert transformer_fingerprint(model.state_dict().items(), CONFIG) != first
 
 
-def test_the_loss_falls_on_a_single_picture(caches, store):
-    latents, texts = caches
-    one = (replace(latents, entries=latents.entries[:1]), texts)
-    outcome = Train(one, store)(replace(SETTINGS, steps=150, lora=LoRASettings(8, targets="all"), caption_dropout=0.0))
+def test_the_loss_falls_on_a_single_picture(tmp_path, store):
+    train = Train(given(tmp_path, [0]), store)
+    outcome = train(replace(SETTINGS, steps=150, lora=LoRASettings(8, targets="all"), caption_dropout=0.0))
     assert sum(outcome.losses[-30:]) < 0.8 * sum(outcome.losses[:30])

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,21 @@ def add_lora(transformer: Lumina2Transformer, settings: LoRASettings, seed: int)
                 parameter.zero_()
         weights[f"{part[1]}.lora_{part[2]}.weight"] = parameter
     return weights
+
+
+@contextmanager
+def without_lora(transformer: nn.Module) -> Iterator[None]:
+    """The base model's own predictions, within the block."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True  # not enable_adapters(False), which also freezes the adapter
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def load_lora(weights: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor], source: str) -> None:

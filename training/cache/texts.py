@@ -3,53 +3,137 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.dataset import Dataset
+from ..data.captions import CaptionEditor
+from ..data.dataset import NAMED, Dataset, open_rows
 from ..data.prompts import with_system_prompt
+from ..errors import DataError
 from .latents import Progress
-from .store import Store, key_of
+from .manifest import read_manifest, write_manifest
+from .store import Store, Writer, key_of
 
 Embed = Callable[[str], tuple[Tensor, bool]]  # a text -> its embedding (tokens, width), and whether it was cut
-
-
-@dataclass(frozen=True)
-class TextEntry:
-    sample: str  # the sample's id
-    keys: tuple[str, ...]  # one a variant
+SEGMENT_ROWS = 20_000
 
 
 @dataclass(frozen=True)
 class TextCache:
-    """What the embeds socket carries: keys into a store, and the empty text's for caption dropout."""
+    """What the embeds socket carries: a list of keys on disk, and the empty text's key for caption dropout."""
 
     store: Store
-    entries: tuple[TextEntry, ...]
+    manifest: str
+    count: int  # pictures
     empty: str
-    cut: tuple[str, ...] = ()  # captions that were longer than allowed
+    cut: tuple[str, ...] = field(default=(), compare=False)  # the first captions that were longer than allowed
+    skipped: tuple[str, ...] = field(default=(), compare=False)
+
+    def rows(self) -> TextRows:
+        table = read_manifest(Path(self.manifest))
+        keys = table["keys"].combine_chunks()
+        return TextRows(
+            part=table["part"].to_numpy(),
+            id=table["id"].to_numpy(zero_copy_only=False),
+            keys=np.array(keys.flatten().to_pylist(), dtype="S40"),
+            ends=np.asarray(keys.value_lengths()).cumsum(),
+        )
+
+
+class TextRows(NamedTuple):
+    """One row a picture, in columns."""
+
+    part: np.ndarray
+    id: np.ndarray
+    keys: np.ndarray  # S40, of all rows one after the other
+    ends: np.ndarray  # (N,) where the keys of a row end
+
+    def variants(self, row: int) -> list[str]:
+        return [key.decode() for key in self.keys[self.ends[row - 1] if row else 0 : self.ends[row]]]
 
 
 def cache_texts(
-    dataset: Dataset, embed: Embed, encoder: str, system_prompt: str, max_tokens: int, store: Store, on_text: Progress
+    dataset: Dataset,
+    embed: Embed,
+    encoder: str,
+    system_prompt: str,
+    max_tokens: int,
+    store: Store,
+    on_text: Progress = lambda done, total: None,
+    write_batch_size: int = 128,
+    extra: tuple[str, ...] = (),
 ) -> TextCache:
     """Embed every caption behind the system prompt, and the raw empty text, in bf16 and without padding.
 
     Args:
         encoder: the text encoder's fingerprint.
+        extra: texts to embed as they are, without a system prompt.
+
+    Raises:
+        DataError: no picture has a caption left after editing.
     """
-    texts = {caption: with_system_prompt(caption, system_prompt) for s in dataset.samples for caption in s.captions}
-    keys = {text: key_of(text=text, tokens=max_tokens, encoder=encoder, layer=-2) for text in {*texts.values(), ""}}
-    headers = {text: store.header(key) for text, key in sorted(keys.items())}
-    waiting = [text for text, header in headers.items() if header is None]
-    cut = [text for text, header in headers.items() if header and header[1].get("cut")]
-    for number, text in enumerate(waiting):
-        on_text(number, len(waiting))
-        embedding, was_cut = embed(text)
-        store.write(keys[text], embedding.to(torch.bfloat16), **({"cut": "true"} if was_cut else {}))
-        cut += [text] * was_cut
+    catalog = store.open()
+
+    def key(text: str) -> str:
+        return key_of(text=text, tokens=max_tokens, encoder=encoder, layer=-2)
+
+    parts: list[np.ndarray] = []
+    ids: list[str] = []
+    keys: list[list[str]] = []
+    waiting: dict[str, str] = {}  # key -> text
+    cut: list[str] = []
+    skipped = list(catalog.damaged)
+    unsaid = 0
+    for number, part in enumerate(dataset.parts):
+        rows = open_rows(part)
+        edit = CaptionEditor(part.settings.captions)
+        kept = 0
+        for start in range(0, len(rows), SEGMENT_ROWS):
+            texts: dict[str, str] = {}
+            for id, raw in zip(
+                rows.ids[start : start + SEGMENT_ROWS].to_pylist(),
+                rows.captions[start : start + SEGMENT_ROWS].to_pylist(),
+                strict=True,
+            ):
+                variants = [with_system_prompt(caption, system_prompt) for caption in edit(tuple(raw), id)]
+                if not variants:
+                    unsaid += 1
+                    if unsaid <= NAMED:
+                        skipped.append(f"Nothing is left of the caption of {id} after editing. Check the filters.")
+                    continue
+                named = [key(text) for text in variants]
+                texts |= zip(named, variants, strict=True)
+                ids.append(id)
+                keys.append(named)
+                kept += 1
+            found = catalog.find(list(texts))
+            for (name, text), place in zip(texts.items(), found, strict=True):
+                if place < 0:
+                    waiting[name] = text
+            noted = found[found >= 0]
+            if len(noted) and catalog.noted(noted).any() and len(cut) < NAMED:
+                cut += [text for name, text in texts.items() if catalog.notes(name).get("cut")]
+        parts.append(np.full(kept, number, np.int16))
+    if not ids:
+        raise DataError(f"No picture has a caption. {skipped[0] if skipped else ''}")
+    waiting |= {key(text): text for text in ("", *extra) if key(text) not in catalog}
+    with Writer(catalog, write_batch_size) as writer:
+        for done, (name, text) in enumerate(waiting.items()):
+            on_text(done, len(waiting))
+            embedding, was_cut = embed(text)
+            writer.add(name, embedding.to(torch.bfloat16), **({"cut": "true"} if was_cut else {}))
+            if was_cut and len(cut) < NAMED:
+                cut.append(text)
     on_text(len(waiting), len(waiting))
-    entries = tuple(TextEntry(s.id, tuple(keys[texts[caption]] for caption in s.captions)) for s in dataset.samples)
-    return TextCache(store, entries, keys[""], tuple(cut))
+    subject = {
+        "texts": [[p.index, asdict(p.settings.captions), p.settings.id] for p in dataset.parts],
+        "encoder": [encoder, system_prompt, max_tokens],
+    }
+    columns = {"part": np.concatenate(parts), "id": ids, "keys": keys}
+    manifest = write_manifest(Path(store.folder), subject, columns)
+    return TextCache(store, str(manifest), len(ids), key(""), tuple(cut[:NAMED]), (*dataset.skipped, *skipped))

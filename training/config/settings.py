@@ -59,6 +59,8 @@ class TrainSettings:
     seed: int = 42
     lora: LoRASettings = field(default_factory=LoRASettings)
     caption_dropout: float = 0.1  # the share of samples whose caption is the empty text
+    data_backend_sampling: str = "auto-weighting"  # datasets are drawn by their sizes, or "uniform"
+    disable_bucket_pruning: bool = True  # False leaves out sizes of which there are fewer pictures than a batch
     weight_decay: float = 0.01
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0

@@ -1,89 +1,227 @@
-"""A dataset: which pictures, cut how, said what. A handle of paths and numbers, never of pixels."""
+"""A dataset: which pictures, cut how, said what. A handle of settings and paths, never of pixels or of rows."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import DataError, SettingError
-from .captions import STRATEGIES, read_captions
-from .geometry import CROPS, Geometry, plan_crop
-from .pictures import picture_size
-from .source import find_pictures, repeats_of
+import numpy as np
+
+from ..config.dataset import DatasetSettings
+from ..errors import DataError
+from .geometry import REASONS, Plan, draw_for, needs_draws, plan_crops
+from .index import Index, Progress, index_file, read_index, scan
+from .sources import Source
+from .sources.opening import open_source
+
+if TYPE_CHECKING:
+    import pyarrow
+
+NAMED = 20  # pictures that a report names; the others are counted
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One picture of a dataset. ``id`` joins what the caches hold of it; it is no part of any key."""
+class Part:
+    """One dataset, and what its index held when it was read."""
+
+    settings: DatasetSettings
+    index: str  # its file
+    spool: str  # a folder for pictures that have no file of their own
+    digest: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a dataset gives, and what was left out and why."""
 
     id: str
-    path: str
-    content: str  # hash of the file's bytes
-    geometry: Geometry
-    captions: tuple[str, ...]
-    repeats: int  # extra passes in an epoch
+    pictures: int
+    kept: int
+    buckets: tuple[tuple[int, int, int], ...]  # width, height in px, pictures; the most frequent first
+    dropped: tuple[tuple[str, int, tuple[str, ...]], ...]  # reason, pictures, the first names
+    problems: tuple[str, ...]  # a sentence for each of the first pictures that cannot be used
+    enlarged: int  # pictures smaller than what is trained on
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        sizes = ", ".join(f"{w}×{h}: {count}" for w, h, count in self.buckets[:12])
+        more = f" and {len(self.buckets) - 12} more" if len(self.buckets) > 12 else ""
+        lines = [f"{self.id}: {self.kept} of {self.pictures} pictures, {len(self.buckets)} sizes ({sizes}{more})"]
+        lines += [f"left out: {n} {reason} ({', '.join(names)}{' …' if n > len(names) else ''})"
+                  for reason, n, names in self.dropped]  # fmt: skip
+        lines += [f"skipped: {sentence}" for sentence in self.problems]
+        if self.enlarged:
+            lines.append(f"{self.enlarged} pictures are smaller than what is trained on and are enlarged")
+        return lines
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples of one or more folders, and what was left out."""
+    """One or more datasets that are trained on together, and a report on each."""
 
-    samples: tuple[Sample, ...]
-    skipped: tuple[str, ...] = ()  # a sentence for each picture that cannot be used
-    parts: int = 1
+    parts: tuple[Part, ...]
+    reports: tuple[Report, ...] = field(default=(), compare=False)
+
+    @property
+    def pictures(self) -> int:
+        return sum(report.kept for report in self.reports)
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        return tuple(sentence for report in self.reports for sentence in report.problems)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The pictures of a part that are trained on, sorted by id; columns of one length."""
+
+    ids: pyarrow.Array
+    stamps: np.ndarray
+    captions: pyarrow.Array  # raw variants
+    contents: pyarrow.Array  # sha256 of the file, null where it is not known yet
+    repeats: np.ndarray
+    sizes: np.ndarray  # (N, 2) width and height of the pictures in px
+    plan: Plan
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 def load_dataset(
-    folder: Path,
-    resolution: int,
-    crop: str = "preserve",
-    caption_strategy: str = "textfile",
-    instance_prompt: str = "",
-    repeats: int = 0,
-    on_picture: Callable[[int, int], None] = lambda done, total: None,
+    settings: DatasetSettings,
+    place: Path,
+    on_progress: Progress = lambda done, total: None,
+    source: Source | None = None,
 ) -> Dataset:
-    """Read sizes, captions and content hashes of a folder; pictures that cannot be read are skipped and named.
+    """Bring the index of a dataset up to date and tell what it gives.
 
     Args:
-        resolution: the side in pixels of a square of the area that is trained on.
-        on_picture: called with (done, total) before each picture; what it raises ends the reading.
+        place: the folder where indices are kept.
+        on_progress: called with (done, total) now and then; what it raises ends the reading.
 
     Raises:
-        DataError: no such folder, no usable picture, or captions are missing.
-        SettingError: a setting is out of range.
+        DataError: the source cannot be read, or no picture is left.
     """
-    if crop not in CROPS:
-        raise SettingError(f"crop is {crop!r}; choose one of {', '.join(CROPS)}.")
-    if caption_strategy not in STRATEGIES:
-        raise SettingError(f"caption_strategy is {caption_strategy!r}; choose one of {', '.join(STRATEGIES)}.")
-    pictures = find_pictures(folder)
-    captions = read_captions(pictures, caption_strategy, instance_prompt, folder)
-    samples, skipped = [], []
-    for number, (path, variants) in enumerate(zip(pictures, captions, strict=True)):
-        on_picture(number, len(pictures))
-        try:
-            width_px, height_px = picture_size(path)
-        except DataError as error:
-            skipped.append(str(error))
-            continue
-        samples.append(
-            Sample(
-                id=path.relative_to(folder).as_posix(),
-                path=str(path),
-                content=hashlib.sha256(path.read_bytes()).hexdigest(),
-                geometry=plan_crop(width_px, height_px, resolution, crop),
-                captions=variants,
-                repeats=repeats_of(path, folder, repeats),
-            )
-        )
-    if not samples:
-        raise DataError(f"None of the {len(pictures)} pictures in {folder} can be read. The first: {skipped[0]}")
-    return Dataset(tuple(samples), tuple(skipped))
+    spool = place / "images"
+    source = source or open_source(settings, spool)
+    file = index_file(place / "index", source, settings.captions)
+    index = scan(source, settings.captions, file, on_progress, settings.cache.on_bad_image == "stop")
+    part = Part(settings, str(file), str(spool), index.digest())
+    kept, plan = _keep(index, settings, 0)
+    report = _describe(index, settings, kept, plan)
+    if not report.kept:
+        raise DataError(_nothing_left(source.name, report))
+    return Dataset((part,), (report,))
 
 
 def append(first: Dataset, second: Dataset) -> Dataset:
-    """Both together; ids are told apart by the number of the part."""
-    renamed = tuple(replace(sample, id=f"{first.parts + 1}:{sample.id}") for sample in second.samples)
-    return Dataset(first.samples + renamed, first.skipped + second.skipped, first.parts + 1)
+    """Both together; a second dataset of the same id gets a number."""
+    parts = list(first.parts)
+    reports = list(first.reports)
+    for part, report in zip(second.parts, second.reports, strict=True):
+        taken = {other.settings.id for other in parts}
+        name = part.settings.id
+        number = 2
+        while name in taken:
+            name, number = f"{part.settings.id}-{number}", number + 1
+        parts.append(replace(part, settings=replace(part.settings, id=name)))
+        reports.append(replace(report, id=name))
+    return Dataset(tuple(parts), tuple(reports))
+
+
+def open_rows(part: Part, epoch: int = 0) -> Rows:
+    """The rows of a part as its index holds them.
+
+    Args:
+        epoch: random crops are drawn anew for each.
+
+    Raises:
+        DataError: the index is gone, or the pictures changed since the dataset was read.
+    """
+    known = read_index(Path(part.index))
+    if known is None or known[0].digest() != part.digest:
+        raise DataError(
+            f"The pictures of dataset {part.settings.id!r} changed while they were used. Run the workflow again."
+        )
+    index = known[0]
+    kept, plan = _keep(index, part.settings, epoch)
+    rows = np.flatnonzero(kept)
+    import pyarrow
+
+    chosen = index.table.take(pyarrow.array(rows)).combine_chunks()
+
+    def column(name: str) -> pyarrow.Array:
+        chunked = chosen[name]
+        return chunked.chunk(0) if chunked.num_chunks else pyarrow.array([], chunked.type)
+
+    asked = column("repeats").to_numpy()
+    return Rows(
+        ids=column("id"),
+        stamps=column("stamp").to_numpy(),
+        captions=column("captions"),
+        contents=column("content"),
+        repeats=np.where(asked >= 0, asked, part.settings.mix.repeats),
+        sizes=np.stack([column("width_px").to_numpy(), column("height_px").to_numpy()], axis=1),
+        plan=plan.take(rows),
+    )
+
+
+def _keep(index: Index, settings: DatasetSettings, epoch: int) -> tuple[np.ndarray, Plan]:
+    """Which rows are trained on, and how each is cut."""
+    geometry = settings.geometry
+    ids = index.column("id")
+    draws = None
+    if needs_draws(geometry):
+        draws = draw_for(ids.to_pylist(), 0, epoch)
+        draws[:, 0] = draw_for(ids.to_pylist(), 0, 0)[:, 0]  # the aspect stays, so that no picture changes its bucket
+    plan = plan_crops(index.numbers("width_px"), index.numbers("height_px"), geometry, draws)
+    kept = plan.kept & index.column("problem").is_null().to_numpy()
+    limit = settings.mix.max_num_samples
+    if limit and kept.sum() > limit:
+        rows = np.flatnonzero(kept)
+        drawn = draw_for(ids.take(rows).to_pylist(), 1, 0)[:, 0]
+        kept = np.zeros_like(kept)
+        kept[rows[np.argsort(drawn, kind="stable")[:limit]]] = True
+    return kept, plan
+
+
+def _describe(index: Index, settings: DatasetSettings, kept: np.ndarray, plan: Plan) -> Report:
+    usable = index.column("problem").is_null().to_numpy()
+    dropped = []
+    for number, reason in enumerate(REASONS):
+        rows = np.flatnonzero(usable & (plan.dropped == number) & (number > 0))
+        if len(rows):
+            dropped.append((reason, len(rows), _names(index, rows[:3])))
+    beyond = np.flatnonzero(usable & plan.kept & ~kept)
+    if len(beyond):
+        dropped.append(("beyond max_num_samples", len(beyond), _names(index, beyond[:3])))
+    sizes = Counter(zip(plan.width_px[kept].tolist(), plan.height_px[kept].tolist(), strict=True))
+    enlarged = kept & (plan.scaled_width_px > index.numbers("width_px"))
+    problems = index.column("problem").drop_null()
+    return Report(
+        id=settings.id,
+        pictures=len(index),
+        kept=int(kept.sum()),
+        buckets=tuple((w, h, count) for (w, h), count in sizes.most_common()),
+        dropped=tuple(dropped),
+        problems=_sentences(problems[:NAMED].to_pylist(), len(problems)),
+        enlarged=int(enlarged.sum()),
+    )
+
+
+def _names(index: Index, rows: np.ndarray) -> tuple[str, ...]:
+    return tuple(index.column("id").take(rows).to_pylist())
+
+
+def _sentences(named: list[str], count: int) -> tuple[str, ...]:
+    rest = [f"{count - len(named)} more pictures cannot be used"] if count > len(named) else []
+    return (*named, *rest)
+
+
+def _nothing_left(name: str, report: Report) -> str:
+    if report.problems and len(report.problems) >= min(report.pictures, NAMED):
+        return f"None of the {report.pictures} pictures in {name} can be used. The first: {report.problems[0]}"
+    reasons = "; ".join(f"{count} {reason}" for reason, count, _ in report.dropped)
+    return f"The settings leave out all {report.pictures} pictures in {name}: {reasons}. Change the filters."

@@ -11,7 +11,11 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     return (1 - sigma) * latents.float() + sigma * noise.float()
 
 
-def velocity_loss(prediction: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
-    """Squared error against the velocity ``z − ε``: the mean of each sample, (B,), in fp32."""
-    target = latents.float() - noise.float()
-    return (prediction.float() - target).square().mean((1, 2, 3))
+def velocity(latents: Tensor, noise: Tensor) -> Tensor:
+    """What the network is trained towards: ``z − ε`` in fp32."""
+    return latents.float() - noise.float()
+
+
+def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared error against a velocity: the mean of each sample, (B,), in fp32. All (B, C, H, W)."""
+    return (prediction.float() - target.float()).square().mean((1, 2, 3))

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..cache.latents import LatentCache
-from ..cache.store import Store
+from ..cache.latents import Encode, LatentCache
+from ..cache.store import Catalog
 from ..cache.texts import TextCache
+from ..config.dataset import MixSettings
 from ..config.settings import TrainSettings
-from ..data.sampler import Sampler
-from ..errors import DataError
+from ..data.dataset import Part, Rows, open_rows
+from ..data.pictures import decode
+from ..data.sampler import Draw, Pool, Sampler
+from ..data.sources import Source
+from ..data.sources.opening import open_source
+from ..errors import DataError, SettingError
 from ..objective.sigmas import auto_shift, logit_normal_sigmas, shift_sigmas
 
 KEPT_BYTES = 2**30  # of cache entries, so that a small dataset is read from disk once
@@ -32,6 +38,7 @@ class Batch:
     sigmas: Tensor  # (B,) fp32, 1 is noise
     captions: Tensor  # (B, tokens, width), padded on the right
     lengths: tuple[int, ...]  # tokens of each caption that count
+    regularisation: bool = False  # the target is the base model's own prediction
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -40,7 +47,71 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(move(self.latents), move(self.noise), move(self.sigmas), move(self.captions), self.lengths)
+        return replace(
+            self,
+            latents=move(self.latents),
+            noise=move(self.noise),
+            sigmas=move(self.sigmas),
+            captions=move(self.captions),
+        )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is drawn from one dataset, in an order that no file name decides."""
+
+    part: int
+    keys: np.ndarray  # S40 of the latents; empty where they are encoded while training
+    flipped: np.ndarray
+    captions: np.ndarray  # rows of the text cache
+    shapes: np.ndarray  # (N, 3)
+    repeats: np.ndarray
+    rows: np.ndarray  # of the pictures in their dataset
+
+
+def join(latents: LatentCache, texts: TextCache) -> list[Examples]:
+    """The examples of each dataset that is trained on: each latent with its captions.
+
+    Raises:
+        DataError: pictures have no caption in ``texts``.
+    """
+    import pyarrow
+    import pyarrow.compute
+
+    images, said = latents.rows(), texts.rows()
+
+    def names(part: np.ndarray, id: np.ndarray) -> pyarrow.Array:
+        number = pyarrow.array(part).cast(pyarrow.string())
+        return pyarrow.compute.binary_join_element_wise(number, pyarrow.array(id, pyarrow.string()), "/")
+
+    found = pyarrow.compute.index_in(names(images.part, images.id), value_set=names(said.part, said.id))
+    captions = found.fill_null(-1).to_numpy(zero_copy_only=False)
+    trained = np.array([part.mix.dataset_type == "image" for part in latents.parts])[images.part]
+    without = np.flatnonzero(trained & (captions < 0))
+    if len(without):
+        raise DataError(
+            f"{len(without)} of {int(trained.sum())} pictures have no cached caption (first: "
+            f"{images.id[without[0]]}). Wire the same dataset into Cache Latents and Cache Text Embeds."
+        )
+    starts = np.concatenate([[0], said.ends[:-1]])
+    first = said.keys[starts]
+    examples = []
+    for number, part in enumerate(latents.parts):
+        rows = np.flatnonzero(trained & (images.part == number))
+        if not part.online:
+            rows = rows[np.lexsort((first[captions[rows]], images.key[rows]))]
+        examples.append(
+            Examples(
+                part=number,
+                keys=images.key[rows],
+                flipped=images.flipped[rows],
+                captions=captions[rows],
+                shapes=images.shape[rows],
+                repeats=images.repeats[rows],
+                rows=images.row[rows],
+            )
+        )
+    return examples
 
 
 class Batches:
@@ -48,9 +119,11 @@ class Batches:
 
     Args:
         scale_latents: from the VAE's units to the transformer's.
+        encode: the VAE, for datasets that are encoded while training.
 
     Raises:
-        DataError: a picture has no caption in ``texts``.
+        DataError: a picture has no caption in ``texts``, or there is nothing to draw.
+        SettingError: a dataset has to be encoded while training and there is no VAE.
     """
 
     def __init__(
@@ -59,26 +132,29 @@ class Batches:
         texts: TextCache,
         settings: TrainSettings,
         scale_latents: Callable[[Tensor], Tensor],
+        encode: Encode | None = None,
     ) -> None:
-        captions = {entry.sample: entry.keys for entry in texts.entries}
-        without = [entry.sample for entry in latents.entries if entry.sample not in captions]
-        if without:
-            raise DataError(
-                f"{len(without)} of {len(latents.entries)} pictures have no cached caption (first: {without[0]}). "
-                "Wire the same dataset into Cache Latents and Cache Text Embeds."
+        self._settings, self._scale = settings, scale_latents
+        self._parts = latents.parts
+        self._examples = join(latents, texts)
+        self._texts, self._empty = texts.rows(), texts.empty
+        self._text_entries = texts.store.open()
+        self._entries = [None if part.online else part.store.open() for part in latents.parts]
+        online = [part for part in latents.parts if part.online]
+        if online and encode is None:
+            raise SettingError(
+                f"Dataset {online[0].id!r} is not cached (vae_cache_disable or vae_cache_clear_each_epoch): it is "
+                "encoded while training. Wire a VAE into the train node, or switch the cache on."
             )
-        self._latents, self._texts, self._settings = latents, texts, settings
-        self._scale = scale_latents
-        # An order that no file name decides: by what the entries hold.
-        ordered = sorted(latents.entries, key=lambda entry: (entry.key, captions[entry.sample], entry.repeats))
-        self._examples = [(entry.key, captions[entry.sample]) for entry in ordered]
+        self._online = [_Online(p.online, encode) if p.online and encode else None for p in latents.parts]
         self.sampler = Sampler(
-            [entry.shape for entry in ordered],
-            [entry.repeats for entry in ordered],
+            [_pool(examples, part.mix) for examples, part in zip(self._examples, latents.parts, strict=True)],
             settings.batch_size,
             settings.seed,
+            settings.data_backend_sampling,
+            not settings.disable_bucket_pruning,
         )
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[tuple[int, str], Tensor] = {}
         self._kept_bytes = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[Batch]] | None = None
@@ -97,20 +173,21 @@ class Batches:
         return batch
 
     def make(self, step: int) -> Batch:
-        rows = self.sampler.batch(step)
-        latents, noise, normal, captions = [], [], [], []
-        for place, row in enumerate(rows):
-            key, variants = self._examples[row]
-            generator = _generator(self._settings.seed, step * len(rows) + place)
-            latents.append(self._read(self._latents.store, key))
-            noise.append(torch.randn(latents[-1].shape, generator=generator))
+        draw = self.sampler.batch(step)
+        examples, part = self._examples[draw.part], self._parts[draw.part]
+        dropout = self._settings.caption_dropout if part.caption_dropout is None else part.caption_dropout
+        noise, normal, captions, mirrored = [], [], [], []
+        shape = examples.shapes[draw.rows[0]].tolist()
+        for place, row in enumerate(draw.rows.tolist()):
+            generator = _generator(self._settings.seed, step * len(draw.rows) + place)
+            noise.append(torch.randn(shape, generator=generator))
             normal.append(torch.randn((), generator=generator))
-            variant, dropped = torch.rand(2, generator=generator).tolist()
-            text = variants[int(variant * len(variants))]
-            if dropped < self._settings.caption_dropout:
-                text = self._texts.empty
-            captions.append(self._read(self._texts.store, text))
-        clean = self._scale(torch.stack(latents).float())
+            variant, dropped, flip = torch.rand(3, generator=generator).tolist()
+            mirrored.append(bool(examples.flipped[row]) and flip < 0.5)
+            variants = self._texts.variants(examples.captions[row])
+            text = self._empty if dropped < dropout else variants[int(variant * len(variants))]
+            captions.append(self._read(self._text_entries, -1, text))
+        clean = self._scale(self._latents(draw, mirrored).float())
         sigmas = logit_normal_sigmas(torch.stack(normal))
         batch = Batch(
             latents=clean,
@@ -118,17 +195,66 @@ class Batches:
             sigmas=shift_sigmas(sigmas, auto_shift(*clean.shape[2:])),
             captions=nn.utils.rnn.pad_sequence(captions, batch_first=True),
             lengths=tuple(len(caption) for caption in captions),
+            regularisation=part.mix.is_regularisation_data,
         )
         return batch.pinned() if torch.cuda.is_available() else batch
 
-    def _read(self, store: Store, key: str) -> Tensor:
-        if key in self._kept:
-            return self._kept[key]
-        tensor = store.read(key)
+    def _latents(self, draw: Draw, mirrored: list[bool]) -> Tensor:
+        examples, entries, online = self._examples[draw.part], self._entries[draw.part], self._online[draw.part]
+        if online:
+            return online.latents(examples.rows[draw.rows], draw.round)
+        assert entries is not None
+        keys = [
+            (examples.flipped if flip else examples.keys)[row].decode()
+            for row, flip in zip(draw.rows.tolist(), mirrored, strict=True)
+        ]
+        return torch.stack([self._read(entries, draw.part, key) for key in keys])
+
+    def _read(self, entries: Catalog, part: int, key: str) -> Tensor:
+        kept = self._kept.get((part, key))
+        if kept is not None:
+            return kept
+        tensor = entries.read(key)
         if self._kept_bytes + tensor.nbytes <= KEPT_BYTES:
-            self._kept[key] = tensor
+            self._kept[part, key] = tensor
             self._kept_bytes += tensor.nbytes
         return tensor
+
+
+class _Online:
+    """A dataset whose pictures are encoded when they are drawn; random crops anew in each of its rounds."""
+
+    def __init__(self, part: Part, encode: Encode) -> None:
+        self._part, self._encode = part, encode
+        self._source: Source = open_source(part.settings, Path(part.spool))
+        self._anew = part.settings.cache.vae_cache_clear_each_epoch
+        self._rows: tuple[int, Rows] = (0, open_rows(part))
+
+    def latents(self, rows: np.ndarray, round_: int) -> Tensor:
+        if self._anew and self._rows[0] != round_:
+            self._rows = (round_, open_rows(self._part, round_))
+        background = self._part.settings.geometry.alpha_background
+        pictures = []
+        for row in rows.tolist():
+            id = self._rows[1].ids[row].as_py()
+            width, height = self._rows[1].sizes[row].tolist()
+            geometry = self._rows[1].plan.geometry(row)
+            pictures.append(decode(self._source.read(id), id, geometry, background, (width, height)))
+        with torch.no_grad():
+            return self._encode(torch.from_numpy(np.stack(pictures)).float().div_(255)).cpu()
+
+
+def _pool(examples: Examples, mix: MixSettings) -> Pool:
+    buckets = np.unique(examples.shapes, axis=0, return_inverse=True)[1].reshape(-1)
+    return Pool(
+        buckets=buckets,
+        repeats=examples.repeats,
+        probability=mix.probability,
+        start_epoch=mix.start_epoch,
+        end_epoch=mix.end_epoch,
+        start_step=mix.start_step,
+        end_step=mix.end_step,
+    )
 
 
 def _generator(seed: int, sample: int) -> torch.Generator:

@@ -8,22 +8,49 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from ..cache.latents import LatentCache
-from ..cache.texts import TextCache
+import numpy as np
+
+from ..cache.latents import LatentCache, LatentPart
+from ..cache.texts import TextCache, TextRows
+from ..config.dataset import MixSettings
 from ..config.settings import TrainSettings, deciding
+from .batches import Examples, join
 from .checkpoint import Checkpoint, newest_checkpoint
 from .folder import Run, RunStore
 
-IDENTITY_VERSION = 1  # raised when a default changes, since settings at their defaults are left out
+IDENTITY_VERSION = 2  # raised when a default changes, since settings at their defaults are left out
 
 
-def data_identity(latents: LatentCache, texts: TextCache) -> list[list[Any]]:
-    """Cache keys of latents and texts with what mixes them, sorted so that no file name matters."""
-    keys = {entry.sample: entry.keys for entry in texts.entries}
-    return sorted([entry.key, list(keys.get(entry.sample, ())), entry.repeats] for entry in latents.entries)
+def data_identity(latents: LatentCache, texts: TextCache) -> list[Any]:
+    """A hash of each dataset's cache keys with what mixes it, sorted so that neither names nor order matter."""
+    said = texts.rows()
+    return sorted(
+        json.dumps(
+            [_part_hash(examples, said), _mixing(part), part.caption_dropout, part.online is not None], sort_keys=True
+        )
+        for examples, part in zip(join(latents, texts), latents.parts, strict=True)
+        if len(examples.rows)
+    )
+
+
+def _part_hash(examples: Examples, said: TextRows) -> str:
+    """Of keys, captions and repeats; of sizes and names where the pictures are encoded while training."""
+    digest = hashlib.sha256()
+    for column in (examples.keys, examples.flipped, examples.repeats.astype("<i8"), examples.shapes.astype("<i8")):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    for row in examples.captions.tolist():
+        digest.update("".join(said.variants(row)).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _mixing(part: LatentPart) -> dict[str, Any]:
+    """Mixing settings that differ from their defaults."""
+    defaults, names = MixSettings(), {f.name for f in fields(MixSettings)} - {"repeats", "max_num_samples"}
+    values = {name: getattr(part.mix, name) for name in sorted(names)}
+    return {name: value for name, value in values.items() if value != getattr(defaults, name)}
 
 
 def run_identity(

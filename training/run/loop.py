@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.lora import without_lora
 from ..config.settings import TrainSettings
 from ..errors import RunError
 from ..model.transformer import Lumina2Transformer
-from ..objective.loss import add_noise, velocity_loss
+from ..objective.loss import add_noise, velocity, velocity_loss
 from .batches import Batches
 
 CHECKPOINTING_FROM = 1_000_000_000  # parameters: smaller models' activations fit without it
@@ -75,8 +76,12 @@ def train(
                 torch.manual_seed((settings.seed * 1_000_003 + state.step) % 2**63)
             batch = batches.take(state.step).to(device)
             noisy = add_noise(batch.latents, batch.noise, batch.sigmas)
-            prediction = transformer(noisy, 1 - batch.sigmas, batch.captions, batch.lengths)
-            loss = velocity_loss(prediction, batch.latents, batch.noise).mean()
+            seen = (noisy, 1 - batch.sigmas, batch.captions, batch.lengths)
+            if batch.regularisation:
+                target = _base_prediction(transformer, seen)
+            else:
+                target = velocity(batch.latents, batch.noise)
+            loss = velocity_loss(transformer(*seen), target).mean()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(weights, settings.max_grad_norm, foreach=True)
             # The fused optimiser leaves everything as it is where this is 1, without the host having to know.
@@ -88,6 +93,13 @@ def train(
             if state.step % settings.checkpoint_step_interval == 0 and state.step < settings.steps:
                 checkpoint(state)
     losses.flush()
+
+
+@torch.no_grad()
+def _base_prediction(transformer: Lumina2Transformer, seen: tuple[Any, ...]) -> Tensor:
+    """The target of regularisation pictures: what the base model says of the same noisy latents."""
+    with without_lora(transformer):
+        return transformer(*seen)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter.files import check_lora, comfyui_lora, read_lora, write_lora
 from ..adapter.lora import add_lora
-from ..cache.latents import LatentCache
+from ..cache.latents import Encode, LatentCache
 from ..cache.texts import TextCache
 from ..config.settings import RESUME, TrainSettings, check_run_name
 from ..errors import Lumina2Error, RunError, SettingError
@@ -68,11 +68,15 @@ def train_lora(
     store: RunStore,
     scale_latents: Callable[[Tensor], Tensor],
     watcher: Watcher,
+    encode: Encode | None = None,
 ) -> Outcome:
     """Train, go on training, or hand out what was trained before (see ``identity.decide``).
 
     The transformer's frozen weights stay as they are; the object itself carries the adapter afterwards.
     Whatever ends the training early leaves a checkpoint, the LoRA so far and a true ``run.json``, and is raised again.
+
+    Args:
+        encode: the VAE, for datasets that are encoded while training.
 
     Raises:
         SettingError, RunError, ModelError: the run cannot start; nothing was written.
@@ -90,7 +94,7 @@ def train_lora(
         lora = _trained_lora(store, decision.run, decision.checkpoint, modules)
         return Outcome(decision.run, lora, read_losses(events, decision.run.step), decision.message)
 
-    with Batches(latents, texts, settings, scale_latents) as batches:
+    with Batches(latents, texts, settings, scale_latents, encode) as batches:
         weights = add_lora(transformer, settings.lora, settings.seed)
         state = new_state(weights, settings)
         checkpoint = decision.checkpoint or start
