@@ -89,10 +89,7 @@ def _scanning(folder: Path) -> dict[str, float]:
 def _many_rows(count: int) -> dict[str, float]:
     import pyarrow
 
-    from training.config.dataset import DatasetSettings, GeometrySettings, SourceSettings
-    from training.data.dataset import Part, open_rows
-    from training.data.index import Index, _schema, read_index, write_index
-    from training.data.sampler import Pool, Sampler
+    from training.data.index import Index, _schema, write_index
 
     import_all()
     before = _rss_mb()
@@ -116,10 +113,13 @@ def _many_rows(count: int) -> dict[str, float]:
         file = Path(place) / "index.parquet"
         write_index(file, Index(table), {})
         del table
-        return _in_a_process_of_its_own_again(file, count) | {"rows": count, "rows_build_mb": round(_peak_mb() - before)}
+        return _in_a_process_of_its_own_again(file, count) | {
+            "rows": count,
+            "rows_build_mb": round(_peak_mb() - before),
+        }
 
 
-def _in_a_process_of_its_own_again(file: Path, count: int) -> dict[str, float]:
+def _held_by_another_process(file: Path) -> dict[str, float]:
     import subprocess
 
     program = f"from benchmarks.data_scale import hold; hold({str(file)!r})"
@@ -235,8 +235,6 @@ def _second_run(folder: Path) -> dict[str, float]:
 def import_all() -> None:
     """What is imported anyway, so that it is not taken for the growth."""
     import PIL.Image
-    import pyarrow.compute
-    import pyarrow.parquet
 
     PIL.Image.init()
 
@@ -250,9 +248,7 @@ def _small_pictures(folder: Path, count: int) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         width, height = 48 + number % 7 * 16, 48 + number % 5 * 16
         shade = (number * 37 % 256, number * 101 % 256, number * 53 % 256)
-        Image.new("RGB", (width, height), shade).save(
-            place / f"{number:07d}.jpg", quality=75, comment=str(number)
-        )
+        Image.new("RGB", (width, height), shade).save(place / f"{number:07d}.jpg", quality=75, comment=str(number))
         (place / f"{number:07d}.txt").write_text(f"a plain picture, number {number}", encoding="utf-8")
     return folder
 

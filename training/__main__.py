@@ -1,8 +1,10 @@
 """The command line.
 
     python <plugin folder> info FILE [--json]
+    python <plugin folder> clean FOLDER [--dry-run] [--grace-hours 24] [--json]
 
 ``info`` tells what a LoRA file holds: its layers, rank, size and where it came from.
+``clean`` removes what no dataset refers to from a cache folder (``output/lumina2/.cache/latents`` or ``…/text``).
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .adapter.files import PREFIX
+from .cache.garbage import GRACE_HOURS, collect_garbage
 from .errors import Lumina2Error, ModelError
 
 
@@ -25,14 +29,24 @@ def main(arguments: list[str] | None = None) -> int:
     info = commands.add_parser("info", help="what a LoRA file holds")
     info.add_argument("file", type=Path)
     info.add_argument("--json", action="store_true", help="one line of JSON on stdout")
+    clean = commands.add_parser("clean", help="remove what no dataset refers to from a cache folder")
+    clean.add_argument("folder", type=Path)
+    clean.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
+    clean.add_argument("--grace-hours", type=float, default=GRACE_HOURS, help="what is newer stays")
+    clean.add_argument("--json", action="store_true", help="one line of JSON on stdout")
     options = parser.parse_args(arguments)
     try:
-        found = lora_info(options.file)
+        if options.command == "clean":
+            found = asdict(collect_garbage(options.folder, options.grace_hours, options.dry_run))
+        else:
+            found = lora_info(options.file)
     except Lumina2Error as error:
         print(error, file=sys.stderr)
         return 1
     if options.json:
         print(json.dumps(found, ensure_ascii=False))
+    elif options.command == "clean":
+        print("\n".join(f"{name:14} {value}" for name, value in found.items()))
     else:
         print("\n".join(f"{name:10} {value}" for name, value in found.items() if name != "metadata"))
         print("\n".join(f"  {name} = {value}" for name, value in found["metadata"].items()))

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from training.cache import latents as latents_module
+from training.cache.garbage import collect_garbage
 from training.cache.latents import cache_latents
 from training.cache.store import Store
 from training.cache.texts import cache_texts
@@ -274,3 +275,35 @@ def test_several_datasets_are_joined_by_their_part(cache, folder):
     with Batches(latents, texts, TrainSettings(caption_dropout=0.0), lambda z: z) as batches:
         lengths = {batches.make(step).lengths[0] for step in range(40)}
     assert lengths == {9, 10}  # "the same" and "picture 0"; never "0", which is held out
+
+
+def test_garbage_is_what_no_dataset_refers_to(cache, folder, tmp_path):
+    def collect(grace_hours=-1.0, **options):
+        return collect_garbage(tmp_path / "latents", grace_hours, **options)
+
+    stale = cache.latents().rows().key[1].decode()
+    assert (collect().entries, collect().removed) == (4, 0)
+    square = GeometrySettings(64, crop_aspect="square")
+    cache.latents(geometry=square)
+    assert (collect().entries, collect().removed) == (5, 0)  # another crop of the same folder refers to its own
+    paint(folder / "1.png", (64, 64), 9)
+    second = cache.latents()
+    cache.latents(geometry=square)
+    assert collect(grace_hours=24).removed == 0
+    assert (collect(dry_run=True).removed, collect(dry_run=True).bytes_freed) == (1, 0)
+    freed = collect()
+    assert freed.removed == 1
+    assert freed.bytes_freed > 0
+    catalog = cache.latent_store.open()
+    assert stale not in catalog
+    assert all(key.decode() in catalog for key in second.rows().key)
+    cache.latents()
+    assert cache.encoder.pictures == []
+    texts = cache.texts()
+    assert collect_garbage(tmp_path / "text", -1.0).removed == 0
+    assert texts.empty in cache.text_store.open()
+    for index in (cache.place / "index").glob("*.parquet"):
+        index.unlink()
+    assert collect().removed == 5
+    with pytest.raises(CacheError, match="is no cache"):
+        collect_garbage(folder)

@@ -65,7 +65,7 @@ def keep_given(
     digest = hashlib.sha256("".join(latent_keys + text_keys).encode()).hexdigest()
     listed = write_manifest(Path(latent_store.folder), {"latents": "given", "digest": digest}, columns)
     texts = {"part": part, "id": ids, "keys": [[key] for key in text_keys[:-1]]}
-    said = write_manifest(Path(text_store.folder), {"texts": "given", "digest": digest}, texts)
+    said = write_manifest(Path(text_store.folder), {"texts": "given", "digest": digest, "also": text_keys[-1:]}, texts)
     parts = (LatentPart("latents", latent_store, mix or MixSettings()),)
     return LatentCache(str(listed), parts, len(ids)), TextCache(text_store, str(said), len(ids), text_keys[-1])
 

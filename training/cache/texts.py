@@ -133,6 +133,7 @@ def cache_texts(
     subject = {
         "texts": [[p.index, asdict(p.settings.captions), p.settings.id] for p in dataset.parts],
         "encoder": [encoder, system_prompt, max_tokens],
+        "also": [key(text) for text in ("", *extra)],
     }
     columns = {"part": np.concatenate(parts), "id": ids, "keys": keys}
     manifest = write_manifest(Path(store.folder), subject, columns)
