@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 from comfy_server import ServerError
+from graphs import run_json, workflow
 from PIL import Image
-from test_training import run_json, workflow
 
 
 @pytest.fixture
