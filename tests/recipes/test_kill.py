@@ -75,7 +75,7 @@ def test_twenty_kills_lose_at_most_one_write_batch_each_and_change_nothing(tmp_p
     program = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
         "from pathlib import Path; from test_kill import work\n"
-        f"Path({str(started)!r}).touch(); work(Path({str(base)!r}), 0.02, Path({str(log)!r}))"
+        f"Path({str(started)!r}).touch(); work(Path({str(base)!r}), 0.04, Path({str(log)!r}))"
     )
     chance = random.Random(0)
     there: set[int] = set()
@@ -87,7 +87,7 @@ def test_twenty_kills_lose_at_most_one_write_batch_each_and_change_nothing(tmp_p
         while not started.exists():
             assert child.poll() is None
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.5))
+        time.sleep(chance.uniform(0, 2.5))
         child.send_signal(signal.SIGKILL)
         interrupted += child.wait() == -signal.SIGKILL
         encoded = [int(number) for number in log.read_text().split()[before:]]
