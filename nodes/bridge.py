@@ -6,7 +6,7 @@ a model config *instance*, and the engine's transformer stands on the memory of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -275,6 +275,12 @@ def embed_text(clip: comfy.sd.CLIP, text: str, max_tokens: int = 256) -> tuple[T
     limit = min(max_tokens, MAX_CAPTION_TOKENS)
     embedding = clip.encode_from_tokens({_GEMMA: [[(i, 1.0) for i in ids[:limit]]]})
     return embedding[0], len(ids) > limit
+
+
+def token_counter(clip: comfy.sd.CLIP) -> Callable[[str], int]:
+    """How many tokens the text encoder reads of a text."""
+    tokenizer = _gemma(clip.tokenizer).tokenizer
+    return lambda text: len(tokenizer(text)["input_ids"])
 
 
 def _gemma(part: Any) -> Any:

@@ -74,7 +74,8 @@ def test_a_dataset_is_previewed_with_what_was_left_out(server, own_pictures):
             minimum_image_size=100.0,
             trigger_word="zorblax",
         ),
-        "preview": node("Lumina2PreviewDataset", dataset=["data", 0], limit=10),
+        "model": node("Lumina2LoadDiffusers", folder="lumina2-nano (bundled)", dtype="auto"),
+        "preview": node("Lumina2PreviewDataset", dataset=["data", 0], limit=10, clip=["model", 1]),
         "report": node("PreviewAny", source=["preview", 1]),
         "captions": node("PreviewAny", source=["preview", 3]),
         "sheet": node("SaveImage", images=["preview", 0], filename_prefix="sheet"),
@@ -85,6 +86,8 @@ def test_a_dataset_is_previewed_with_what_was_left_out(server, own_pictures):
     assert "2 smaller than minimum_image_size (red apple 0.png, red apple 2.png)" in report
     assert "broken.png" in report
     assert "zorblax, red apple 1" in report
+    assert "2 captions of" in report
+    assert "tokens on average" in report
     sheet = np.asarray(Image.open(next((server.base / "output").glob("sheet_*.png"))).convert("RGB"))
     assert sheet.shape[1] > 350
     assert sheet.std() > 10

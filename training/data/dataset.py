@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config.dataset import DatasetSettings
-from ..errors import DataError
+from ..errors import DataError, SettingError
 from .geometry import REASONS, Plan, draw_for, needs_draws, plan_crops
 from .index import Index, Progress, index_file, read_index, scan
 from .sources import Source
@@ -103,7 +103,13 @@ def load_dataset(
 
     Raises:
         DataError: the source cannot be read, or no picture is left.
+        SettingError: it asks for masks.
     """
+    if settings.mix.dataset_type == "conditioning" or settings.mix.conditioning_data:
+        raise SettingError(
+            f"Dataset {settings.id!r} is about masks (conditioning), which cannot be trained with yet. Take it and "
+            "conditioning_data out."
+        )
     spool = place / "images"
     source = source or open_source(settings, spool)
     file = index_file(place / "index", source, settings.captions)
