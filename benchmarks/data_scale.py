@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHED = {512: 48, 64: 400}  # pictures that a cache is filled with, by resolution
+CACHED = {512: 48, 64: 1200}  # pictures that a cache is filled with, by resolution
 REPEATS = 3
 
 

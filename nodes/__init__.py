@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .cache import Lumina2CacheLatents, Lumina2CacheTextEmbeds
-from .dataset import Lumina2LoadDataset, Lumina2LoadDatasetConfig
+from .dataset import Lumina2DatasetOptions, Lumina2LoadDataset, Lumina2LoadDatasetConfig
 from .given import Lumina2DatasetFromImages, Lumina2DatasetFromLatents, Lumina2SaveCaptions
 from .loader import Lumina2LoadDiffusers
 from .preview import Lumina2PreviewDataset
@@ -17,6 +17,7 @@ class Lumina2Extension(ComfyExtension):
         return [
             Lumina2LoadDiffusers,
             Lumina2LoadDataset,
+            Lumina2DatasetOptions,
             Lumina2LoadDatasetConfig,
             Lumina2DatasetFromImages,
             Lumina2DatasetFromLatents,

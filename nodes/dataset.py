@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +17,6 @@ from ..training.config.dataset import (
     CAPTION_STRATEGIES,
     CROP_STYLES,
     ON_BAD_IMAGE,
-    RESOLUTION_TYPES,
     CacheSettings,
     CaptionSettings,
     CaptionShuffle,
@@ -29,22 +29,21 @@ from ..training.config.dataset import (
 from ..training.data.dataset import Dataset, append, load_dataset
 from ..training.data.sources.opening import open_source
 from ..training.errors import Lumina2Error, SettingError
-from .inputs import advanced
 from .places import cache_root, dataset_folder
 from .progress import Progress
-from .sockets import DatasetSocket
+from .sockets import DatasetOptionsSocket, DatasetSocket
 
 CROPS = ("preserve", "square", "closest", "random", "none")
 KINDS = ("image", "eval")
 
 
 def _rare() -> list[Any]:
-    """Options of Load Dataset that few need."""
+    """Options of a dataset that few need."""
     size = {"default": 0.0, "min": 0.0, "max": 16384.0, "step": 1.0, "round": 0.001, "optional": True}
     return [
-        io.Combo.Input("resolution_type", options=list(RESOLUTION_TYPES), default="pixel_area", optional=True,
+        io.Combo.Input("resolution_type", options=["pixel_area", "pixel"], default="pixel_area", optional=True,
                        tooltip="The unit of resolution and sizes. pixel_area: the edge of a square of that area. "
-                       "pixel: the shorter edge. area: megapixels."),
+                       "pixel: the shorter edge."),
         io.Combo.Input("aspect_bucket_alignment", options=[str(a) for a in ALIGNMENTS_PX], default="64", optional=True,
                        tooltip="Both sides are multiples of this many pixels."),
         io.Combo.Input("crop_style", options=list(CROP_STYLES), default="center", optional=True,
@@ -189,27 +188,64 @@ class Lumina2LoadDataset(io.ComfyNode):
                     tooltip="These pictures hold the model where it is: their target is what the model said before "
                     "training. Use it for pictures of the class beside pictures of your subject.",
                 ),
-                *map(advanced, _rare()),
+                DatasetOptionsSocket.Input(
+                    "options",
+                    optional=True,
+                    tooltip="Rarer options, from Dataset Options.",
+                ),
             ],
             outputs=[DatasetSocket.Output(display_name="dataset")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str | None = None, **values: Any) -> str | float:
-        if not folder or not folder.strip():  # linked, so that its value is not known here, or left empty
-            return float("nan")
+    def fingerprint_inputs(
+        cls, folder: str | None = None, caption_strategy: str | None = None, **_: object
+    ) -> str | float:
+        if not folder or not folder.strip() or caption_strategy in ("csv", "parquet", None):
+            return float("nan")  # linked, so that its value is not known here, or told by a file that options name
         try:
-            values = {name: value for name, value in values.items() if value is not None}
-            settings = dataset_settings(folder, **_defaults() | values)
+            source, name = _source(folder, dict(default_options()))
+            settings = DatasetSettings(name, source, captions=CaptionSettings("filename"))
             return open_source(settings, cache_root() / "images").fingerprint()
-        except (Lumina2Error, TypeError):
+        except Lumina2Error:
             return "missing"
 
     @classmethod
-    def execute(cls, folder: str, dataset: Dataset | None = None, **values: Any) -> io.NodeOutput:
-        settings = dataset_settings(folder, **_defaults() | values)
+    def execute(
+        cls,
+        folder: str,
+        dataset: Dataset | None = None,
+        options: tuple[tuple[str, Any], ...] = (),
+        probability: float = 1.0,
+        is_regularisation_data: bool = False,
+        **values: Any,
+    ) -> io.NodeOutput:
+        values |= {"probability": probability, "is_regularisation_data": is_regularisation_data}
+        settings = dataset_settings(folder, **values, **dict(default_options()) | dict(options))
         return load_parts(cls.hidden.unique_id, (settings,), dataset)
+
+
+class Lumina2DatasetOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Lumina2DatasetOptions",
+            display_name="Dataset Options",
+            category="Lumina2",
+            description="Rarer options of Load Dataset: filters, crops, captions, gates and caches.",
+            inputs=_rare(),
+            outputs=[DatasetOptionsSocket.Output(display_name="options")],
+        )
+
+    @classmethod
+    def execute(cls, **values: Any) -> io.NodeOutput:
+        return io.NodeOutput(tuple(sorted((dict(default_options()) | values).items())))
+
+
+def default_options() -> tuple[tuple[str, Any], ...]:
+    """Every rare option at its default."""
+    return tuple((widget.id, widget.default) for widget in _rare())
 
 
 class Lumina2LoadDatasetConfig(io.ComfyNode):
@@ -238,7 +274,8 @@ class Lumina2LoadDatasetConfig(io.ComfyNode):
             return float("nan")
         try:
             settings = _configured(file)[0]
-            return " ".join(open_source(one, cache_root() / "images").fingerprint() for one in settings)
+            pictures = [open_source(one, cache_root() / "images").fingerprint() for one in settings]
+            return " ".join([*pictures, repr(settings)])
         except Lumina2Error:
             return "missing"
 
@@ -277,13 +314,15 @@ def _configured(file: str) -> tuple[tuple[DatasetSettings, ...], tuple[str, ...]
     path = Path(folder_paths.get_input_directory()) / Path(file.strip().strip('"')).expanduser()
     read = read_databackend(path)
     folders = [Path(folder_paths.base_path), path.parent, *path.parent.parents]
-    return tuple(resolve(one, folders) for one in read.datasets), read.notes
-
-
-def _defaults() -> dict[str, Any]:
-    """What an optional widget means where a workflow or an API call leaves it out."""
-    optional = [widget for widget in Lumina2LoadDataset.define_schema().inputs if widget.id != "dataset"]
-    return {widget.id: widget.default for widget in optional if widget.id != "folder"}
+    filters = read.text_cache.caption_filter_list
+    datasets = []
+    for one in read.datasets:
+        captions = replace(one.captions, caption_filter_list=filters + one.captions.caption_filter_list)
+        datasets.append(resolve(replace(one, captions=captions), folders))
+    notes = list(read.notes)
+    if read.text_cache.cache_dir:
+        notes.append("cache_dir of text embeds is not used here: Cache Text Embeds keeps them.")
+    return tuple(datasets), tuple(notes)
 
 
 def dataset_settings(

@@ -149,7 +149,12 @@ class Lumina2SaveCaptions(io.ComfyNode):
             category="Lumina2",
             description="Writes a text file beside each picture of a dataset.",
             inputs=[
-                DatasetSocket.Input("dataset", tooltip="The pictures, of local folders."),
+                DatasetSocket.Input(
+                    "dataset",
+                    tooltip="The pictures, of local folders. Where they have no captions yet, load them with "
+                    "caption_strategy filename: textfile would leave them out.",
+                ,
+                ),
                 io.String.Input(
                     "captions",
                     force_input=True,
@@ -185,7 +190,8 @@ class Lumina2SaveCaptions(io.ComfyNode):
         parts = tuple(
             load_dataset(_with_text_files(part.settings), cache_root()) for part in dataset[0].parts
         )  # fmt: skip
-        progress.say(f"{written.written} captions written, {written.added} added, {written.kept} kept")
+        empty = f", {len(written.empty)} empty (first: {written.empty[0]})" if written.empty else ""
+        progress.say(f"{written.written} captions written, {written.added} added, {written.kept} kept{empty}")
         return io.NodeOutput(
             Dataset(tuple(p.parts[0] for p in parts), tuple(report for p in parts for report in p.reports))
         )

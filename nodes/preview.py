@@ -39,7 +39,7 @@ class Lumina2PreviewDataset(io.ComfyNode):
                     min=1,
                     max=100000,
                     control_after_generate=False,
-                    tooltip="How many pictures to show.",
+                    tooltip="How many pictures to show; all of them, to caption all.",
                 ),
                 io.Int.Input(
                     "first",

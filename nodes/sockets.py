@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 DatasetSocket = io.Custom("LUMINA2_DATASET")
+DatasetOptionsSocket = io.Custom("LUMINA2_DATASET_OPTIONS")
 LatentsSocket = io.Custom("LUMINA2_LATENTS")
 EmbedsSocket = io.Custom("LUMINA2_EMBEDS")
 AdapterSocket = io.Custom("LUMINA2_ADAPTER")

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NODES = {
     "Lumina2LoadDiffusers": "Load Lumina2 (Diffusers)",
     "Lumina2LoadDataset": "Load Dataset",
+    "Lumina2DatasetOptions": "Dataset Options",
     "Lumina2LoadDatasetConfig": "Load Dataset Config",
     "Lumina2DatasetFromImages": "Dataset from Images",
     "Lumina2DatasetFromLatents": "Dataset from Latents",

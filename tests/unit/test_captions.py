@@ -146,7 +146,7 @@ ONLY = {"only_instance_prompt": True}
         (["bad", "a"], {"caption_filter_list": ("bad",)}, ["a"]),
         (["bad, worse"], {"caption_filter_list": ("bad", "worse")}, []),
         (["bad"], {"caption_filter_list": ("bad",), "instance_prompt": ("p",), **PREPEND}, []),
-        (["a b"], {"caption_filter_list": (" ", "")}, ["a b"]),
+        (["a ,b"], {"caption_filter_list": (" ", "")}, ["a ,b"]),
         (["bad a", "a"], {"caption_filter_list": ("bad",)}, ["a"]),
         # Regular expressions
         (["this big cat has a hat"], {"caption_filter_list": ("this .* has a ",)}, ["hat"]),

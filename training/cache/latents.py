@@ -30,7 +30,7 @@ from .store import KEY_LENGTH, Catalog, Store, Writer
 Encode = Callable[[Tensor], Tensor]  # pictures (B, height, width, 3) in [0, 1] -> latents (B, C, h, w)
 Progress = Callable[[int, int], None]  # (done, total), before each batch; what it raises ends the work
 
-DECODERS = min(4, os.cpu_count() or 1)
+DECODERS = 2 * min(4, os.cpu_count() or 1)  # more than cores, so that a busy encoder leaves them their share
 RECORD_EVERY_S = 30.0
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -44,6 +44,7 @@ class LatentPart:
     store: Store
     mix: MixSettings
     caption_dropout: float | None = None  # None: the training's own
+    flips: bool = False  # half of the draws are mirrored
     online: Part | None = None  # encoded while training: no entry is there
 
 
@@ -161,6 +162,7 @@ def cache_latents(
                 store=place,
                 mix=settings.mix,
                 caption_dropout=settings.captions.caption_dropout_probability,
+                flips=settings.geometry.horizontal_flip,
                 online=part if online else None,
             )
         )

@@ -183,7 +183,7 @@ class Batches:
             noise.append(torch.randn(shape, generator=generator))
             normal.append(torch.randn((), generator=generator))
             variant, dropped, flip = torch.rand(3, generator=generator).tolist()
-            mirrored.append(bool(examples.flipped[row]) and flip < 0.5)
+            mirrored.append(part.flips and flip < 0.5)
             variants = self._texts.variants(examples.captions[row])
             text = self._empty if dropped < dropout else variants[int(variant * len(variants))]
             captions.append(self._read(self._text_entries, -1, text))
@@ -202,7 +202,7 @@ class Batches:
     def _latents(self, draw: Draw, mirrored: list[bool]) -> Tensor:
         examples, entries, online = self._examples[draw.part], self._entries[draw.part], self._online[draw.part]
         if online:
-            return online.latents(examples.rows[draw.rows], draw.round)
+            return online.latents(examples.rows[draw.rows], draw.round, mirrored)
         assert entries is not None
         keys = [
             (examples.flipped if flip else examples.keys)[row].decode()
@@ -230,16 +230,17 @@ class _Online:
         self._anew = part.settings.cache.vae_cache_clear_each_epoch
         self._rows: tuple[int, Rows] = (0, open_rows(part))
 
-    def latents(self, rows: np.ndarray, round_: int) -> Tensor:
+    def latents(self, rows: np.ndarray, round_: int, mirrored: list[bool]) -> Tensor:
         if self._anew and self._rows[0] != round_:
             self._rows = (round_, open_rows(self._part, round_))
         background = self._part.settings.geometry.alpha_background
         pictures = []
-        for row in rows.tolist():
+        for row, flip in zip(rows.tolist(), mirrored, strict=True):
             id = self._rows[1].ids[row].as_py()
             width, height = self._rows[1].sizes[row].tolist()
             geometry = self._rows[1].plan.geometry(row)
-            pictures.append(decode(self._source.read(id), id, geometry, background, (width, height)))
+            picture = decode(self._source.read(id), id, geometry, background, (width, height))
+            pictures.append(picture[:, ::-1] if flip else picture)
         with torch.no_grad():
             return self._encode(torch.from_numpy(np.stack(pictures)).float().div_(255)).cpu()
 

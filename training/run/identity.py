@@ -29,7 +29,8 @@ def data_identity(latents: LatentCache, texts: TextCache) -> list[Any]:
     said = texts.rows()
     return sorted(
         json.dumps(
-            [_part_hash(examples, said), _mixing(part), part.caption_dropout, part.online is not None], sort_keys=True
+            [_part_hash(examples, said), _mixing(part), part.caption_dropout, part.online is not None, part.flips],
+            sort_keys=True,
         )
         for examples, part in zip(join(latents, texts), latents.parts, strict=True)
         if len(examples.rows)

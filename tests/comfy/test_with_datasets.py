@@ -71,9 +71,9 @@ def test_a_dataset_is_previewed_with_what_was_left_out(server, own_pictures):
             caption_strategy="filename",
             instance_prompt="",
             repeats=0,
-            minimum_image_size=100.0,
-            trigger_word="zorblax",
+            options=["options", 0],
         ),
+        "options": node("Lumina2DatasetOptions", minimum_image_size=100.0, trigger_word="zorblax"),
         "model": node("Lumina2LoadDiffusers", folder="lumina2-nano (bundled)", dtype="auto"),
         "preview": node("Lumina2PreviewDataset", dataset=["data", 0], limit=10, clip=["model", 1]),
         "report": node("PreviewAny", source=["preview", 1]),
@@ -184,11 +184,8 @@ def test_simpletuners_own_file_is_read(server, own_pictures):
 
 def test_pictures_can_be_encoded_while_training(server, own_pictures):
     graph = workflow("online", steps=4, folder=str(own_pictures))
-    graph["data"]["inputs"] |= {
-        "caption_strategy": "filename",
-        "crop_style": "random",
-        "vae_cache_clear_each_epoch": True,
-    }
+    graph["data"]["inputs"] |= {"caption_strategy": "filename", "options": ["options", 0]}
+    graph["options"] = node("Lumina2DatasetOptions", crop_style="random", vae_cache_clear_each_epoch=True)
     with pytest.raises(ServerError, match="Wire a VAE into the train node"):
         server.run(graph)
     graph["train"]["inputs"]["vae"] = ["model", 2]
