@@ -153,7 +153,6 @@ class Lumina2SaveCaptions(io.ComfyNode):
                     "dataset",
                     tooltip="The pictures, of local folders. Where they have no captions yet, load them with "
                     "caption_strategy filename: textfile would leave them out.",
-                ,
                 ),
                 io.String.Input(
                     "captions",
