@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         small = _small_pictures(options.folder / f"small-{options.images}", options.images)
-        large = _large_pictures(options.folder / "large", max(CACHED.values()))
+        large = _large_pictures(options.folder / f"large-{max(CACHED.values())}", max(CACHED.values()))
         result: dict[str, float] = {"images": options.images}
         result |= _in_a_process_of_its_own(_scanning, small)
         result |= _in_a_process_of_its_own(_many_rows, options.rows)
