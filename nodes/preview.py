@@ -10,8 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..training.data.captions import CaptionEditor, length_report
-from ..training.data.dataset import Dataset, open_rows
-from ..training.data.pictures import decode
+from ..training.data.dataset import Dataset, decode_row, open_rows
 from ..training.data.prompts import SYSTEM_PROMPTS, with_system_prompt
 from ..training.data.sources.opening import open_source
 from ..training.errors import DataError
@@ -84,9 +83,8 @@ class Lumina2PreviewDataset(io.ComfyNode):
             begin, first = min(first, len(rows)), max(first - len(rows), 0)
             for row in range(begin, min(len(rows), begin + limit - len(crops))):
                 progress.step(len(crops), f"reading picture {len(crops) + 1}", limit)
-                id, size = rows.ids[row].as_py(), tuple(rows.sizes[row].tolist())
-                background = part.settings.geometry.alpha_background
-                crops.append(decode(source.read(id), id, rows.plan.geometry(row), background, size))
+                id = rows.ids[row].as_py()
+                crops.append(decode_row(part, rows, row, source.read(id)))
                 variants = edit(tuple(rows.captions[row].as_py()), id)
                 captions.append(variants[0] if variants else "")
         if not crops:

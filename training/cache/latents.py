@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from ..config.dataset import MixSettings
-from ..data.dataset import Dataset, Part, Rows, open_rows
-from ..data.index import record_content
-from ..data.pictures import decode
+from ..data.dataset import Dataset, Part, Rows, decode_row, open_rows
+from ..data.index import Progress, record_content
 from ..data.sources import Source
 from ..data.sources.opening import open_source
 from ..errors import CacheError, DataError
@@ -28,7 +27,6 @@ from .manifest import read_manifest, write_manifest
 from .store import KEY_LENGTH, Catalog, Store, Writer
 
 Encode = Callable[[Tensor], Tensor]  # pictures (B, height, width, 3) in [0, 1] -> latents (B, C, h, w)
-Progress = Callable[[int, int], None]  # (done, total), before each batch; what it raises ends the work
 
 DECODERS = 2 * min(4, os.cpu_count() or 1)  # more than cores, so that a busy encoder leaves them their share
 RECORD_EVERY_S = 30.0
@@ -257,14 +255,11 @@ class _Filling:
         content = key = problem = ""
         pixels = None
         try:
-            id = self.rows.ids[job.row].as_py()
-            data = source.read(id)
+            data = source.read(self.rows.ids[job.row].as_py())
             content = hashlib.sha256(data).hexdigest()
             key = self._naming.key(job.row, job.flip, content)
             if key not in self.catalog:
-                width, height = self.rows.sizes[job.row].tolist()
-                pixels = decode(data, id, self.rows.plan.geometry(job.row),
-                                self.part.settings.geometry.alpha_background, (width, height))  # fmt: skip
+                pixels = decode_row(self.part, self.rows, job.row, data)
                 if job.flip:
                     pixels = pixels[:, ::-1]
         except DataError as error:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..data.captions import CaptionEditor
 from ..data.dataset import NAMED, Dataset, open_rows
+from ..data.index import Progress
 from ..data.prompts import with_system_prompt
 from ..errors import DataError
-from .latents import Progress
 from .manifest import read_manifest, write_manifest
 from .store import Store, Writer, key_of
 

@@ -6,7 +6,7 @@ A value is checked when its group is made; behind this nothing checks it again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from ..errors import SettingError
 
@@ -259,6 +259,3 @@ class DatasetSettings:
     captions: CaptionSettings = field(default_factory=CaptionSettings)
     mix: MixSettings = field(default_factory=MixSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
-
-
-GROUPS = {f.name: f for f in fields(DatasetSettings) if f.name != "id"}

@@ -13,6 +13,7 @@ from ..config.dataset import DatasetSettings
 from ..errors import DataError, SettingError
 from .geometry import REASONS, Plan, draw_for, needs_draws, plan_crops
 from .index import Index, Progress, index_file, read_index, scan
+from .pictures import decode
 from .sources import Source
 from .sources.opening import open_source
 
@@ -172,6 +173,17 @@ def open_rows(part: Part, epoch: int = 0) -> Rows:
         sizes=np.stack([column("width_px").to_numpy(), column("height_px").to_numpy()], axis=1),
         plan=plan.take(rows),
     )
+
+
+def decode_row(part: Part, rows: Rows, row: int, data: bytes) -> np.ndarray:
+    """A picture of a part from its file's bytes, cut as planned: (height, width, 3) uint8.
+
+    Raises:
+        DataError: the file is damaged, or is not the picture that was planned for.
+    """
+    width, height = rows.sizes[row].tolist()
+    background = part.settings.geometry.alpha_background
+    return decode(data, rows.ids[row].as_py(), rows.plan.geometry(row), background, (width, height))
 
 
 def _keep(index: Index, settings: DatasetSettings, epoch: int) -> tuple[np.ndarray, Plan]:

@@ -20,8 +20,7 @@ from ..cache.store import Catalog
 from ..cache.texts import TextCache
 from ..config.dataset import MixSettings
 from ..config.settings import TrainSettings
-from ..data.dataset import Part, Rows, open_rows
-from ..data.pictures import decode
+from ..data.dataset import Part, Rows, decode_row, open_rows
 from ..data.sampler import Draw, Pool, Sampler
 from ..data.sources import Source
 from ..data.sources.opening import open_source
@@ -233,13 +232,10 @@ class _Online:
     def latents(self, rows: np.ndarray, round_: int, mirrored: list[bool]) -> Tensor:
         if self._anew and self._rows[0] != round_:
             self._rows = (round_, open_rows(self._part, round_))
-        background = self._part.settings.geometry.alpha_background
+        planned = self._rows[1]
         pictures = []
         for row, flip in zip(rows.tolist(), mirrored, strict=True):
-            id = self._rows[1].ids[row].as_py()
-            width, height = self._rows[1].sizes[row].tolist()
-            geometry = self._rows[1].plan.geometry(row)
-            picture = decode(self._source.read(id), id, geometry, background, (width, height))
+            picture = decode_row(self._part, planned, row, self._source.read(planned.ids[row].as_py()))
             pictures.append(picture[:, ::-1] if flip else picture)
         with torch.no_grad():
             return self._encode(torch.from_numpy(np.stack(pictures)).float().div_(255)).cpu()
