@@ -189,7 +189,7 @@ def _caching(folder: Path) -> dict[str, float]:
                 dataset = load_dataset(settings, Path(place))
                 store = Store(f"{place}/latents-{turn}")
                 began = time.perf_counter()
-                cache_latents(dataset, encode, "vae", store, 4)
+                cache_latents(dataset, encode, "vae", store, 4, shares_cores=True)
                 cached.append(time.perf_counter() - began)
         name = "cache_ratio" if resolution == 512 else f"cache_ratio_{resolution}"
         result |= {name: round(min(cached) / min(bare), 3), f"vae_s_{resolution}": round(min(bare), 2)}

@@ -47,6 +47,8 @@ class Lumina2CacheLatents(io.ComfyNode):
 
     @classmethod
     def execute(cls, dataset: Dataset, vae: Any, batch_size: int) -> io.NodeOutput:
+        import comfy.model_management
+
         from .bridge import vae_fingerprint
 
         progress = Progress(cls.hidden.unique_id)
@@ -58,6 +60,7 @@ class Lumina2CacheLatents(io.ComfyNode):
             cache("latents"),
             batch_size,
             counting(progress, "encoding picture"),
+            shares_cores=comfy.model_management.is_device_cpu(vae.device),
         )
         skipped = f"; {len(latents.skipped)} skipped: {latents.skipped[0]}" if latents.skipped else ""
         progress.say(f"{latents.count} latents{skipped}")

@@ -1,5 +1,7 @@
 """Caches: everything is encoded once, and nothing stale is ever read."""
 
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +24,7 @@ from training.config.dataset import (
     SourceSettings,
 )
 from training.config.settings import TrainSettings
-from training.data.dataset import append, load_dataset
+from training.data.dataset import append, decode_row, load_dataset
 from training.errors import CacheError, DataError, SettingError
 from training.run.batches import Batches
 
@@ -307,3 +309,31 @@ def test_garbage_is_what_no_dataset_refers_to(cache, folder, tmp_path):
     assert collect().removed == 5
     with pytest.raises(CacheError, match="is no cache"):
         collect_garbage(folder)
+
+
+@pytest.mark.parametrize("shares_cores", [False, True])
+def test_an_encoder_on_the_same_cores_works_while_no_picture_is_decoded(cache, monkeypatch, shares_cores):
+    decoding, beside, lock = set(), [], threading.Lock()
+
+    def decode_slowly(*arguments):
+        with lock:
+            decoding.add(arguments[2])
+        time.sleep(0.01)
+        pixels = decode_row(*arguments)
+        with lock:
+            decoding.remove(arguments[2])
+        return pixels
+
+    def encode(pictures):
+        time.sleep(0.005)
+        beside.append(len(decoding))
+        return cache.encoder.encode(pictures)
+
+    monkeypatch.setattr(latents_module, "decode_row", decode_slowly)
+    monkeypatch.setattr(latents_module, "BURST", 2)
+    for number in range(4, 30):
+        paint(cache.folder / f"{number}.png", (64, 64), number)
+        (cache.folder / f"{number}.txt").write_text(f"picture {number}")
+    plain = cache_latents(cache.dataset(), encode, "vae", cache.latent_store, 2, shares_cores=shares_cores)
+    assert plain.count == 30
+    assert (max(beside) == 0) is shares_cores

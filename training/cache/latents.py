@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +28,8 @@ from .store import KEY_LENGTH, Catalog, Store, Writer
 
 Encode = Callable[[Tensor], Tensor]  # pictures (B, height, width, 3) in [0, 1] -> latents (B, C, h, w)
 
-DECODERS = 2 * min(4, os.cpu_count() or 1)  # more than cores, so that a busy encoder leaves them their share
+DECODERS = min(8, os.cpu_count() or 1)
+BURST, BURST_BYTES = 16, 2**28  # batches, and memory at most, that are decoded before any is encoded
 RECORD_EVERY_S = 30.0
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -109,6 +110,7 @@ def cache_latents(
     on_batch: Progress = lambda done, total: None,
     channels: int = 16,
     downscale: int = 8,
+    shares_cores: bool = False,
 ) -> LatentCache:
     """Encode what is not in the store yet, batched by size; pictures are decoded ahead by threads.
 
@@ -120,6 +122,8 @@ def cache_latents(
         store: where entries go whose dataset names no folder of its own.
         batch_size: pictures encoded at a time; 0: each dataset's own ``vae_batch_size``.
         channels, downscale: of the VAE, for datasets that are encoded while training.
+        shares_cores: the VAE computes on the CPU. Then pictures are decoded and encoded in turns: at once, each of the
+            VAE's products would wait for the thread whose core is decoding.
 
     Raises:
         CacheError: no picture of the dataset could be encoded.
@@ -136,7 +140,7 @@ def cache_latents(
                                rows.plan.width_px // downscale], axis=1)  # fmt: skip
             keys = [[""] * len(rows), [""] * len(rows)]
         else:
-            filling = _Filling(part, rows, vae, place.open(), batch_size or settings.cache.vae_batch_size)
+            filling = _Filling(part, rows, vae, place.open(), batch_size or settings.cache.vae_batch_size, shares_cores)
             filling.run(encode, on_batch)
             skipped += filling.problems
             keys, shapes = filling.keys, filling.shapes()
@@ -204,8 +208,9 @@ class LatentKeys:
 class _Filling:
     """The filling of a store with the latents of one part."""
 
-    def __init__(self, part: Part, rows: Rows, vae: str, catalog: Catalog, batch_size: int) -> None:
+    def __init__(self, part: Part, rows: Rows, vae: str, catalog: Catalog, batch_size: int, shares_cores: bool) -> None:
         self.part, self.rows, self.catalog, self.batch_size = part, rows, catalog, batch_size
+        self._shares_cores = shares_cores
         self.problems: list[str] = list(catalog.damaged)
         self.keys: list[list[str]] = [[""] * len(rows), [""] * len(rows)]  # as it is, and mirrored
         self._naming = LatentKeys(part, rows, vae)
@@ -222,11 +227,17 @@ class _Filling:
         pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="pictures")
         try:
             with Writer(self.catalog, self.part.settings.cache.write_batch_size) as writer:
-                decoded = in_order(pool, lambda job: self._decode(source, job), waiting, 3 * self.batch_size)
+                read_ahead, ahead = (in_bursts, self._burst(waiting)) if self._shares_cores else (in_order, 3)
+                decoded = read_ahead(pool, lambda job: self._decode(source, job), waiting, ahead * self.batch_size)
                 self._encode(decoded, len(waiting), encode, writer, on_batch)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             self._record()
+
+    def _burst(self, waiting: list[_Job]) -> int:
+        rows = [job.row for job in waiting]
+        largest = 3 * int((self.rows.plan.width_px[rows].astype(np.int64) * self.rows.plan.height_px[rows]).max())
+        return max(1, min(BURST, BURST_BYTES // (largest * self.batch_size)))
 
     def shapes(self) -> np.ndarray:
         """(N, 3) of each row's latent, 0 where there is none."""
@@ -317,7 +328,7 @@ class _Filling:
 
 
 def in_order(
-    pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterable[_In], ahead: int
+    pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Sequence[_In], ahead: int
 ) -> Iterator[_Out]:
     """``function`` of each item, in order; at most ``ahead`` are under way or waiting to be taken."""
     running: deque[Future[_Out]] = deque()
@@ -327,3 +338,11 @@ def in_order(
             yield running.popleft().result()
     while running:
         yield running.popleft().result()
+
+
+def in_bursts(
+    pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Sequence[_In], burst: int
+) -> Iterator[_Out]:
+    """``function`` of each item, in order; ``burst`` at a time, and none is under way while one is taken."""
+    for start in range(0, len(items), burst):
+        yield from list(pool.map(function, items[start : start + burst]))
