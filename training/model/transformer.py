@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..errors import ModelError
 from .config import TransformerConfig
+from .fused import add_gated, norm_rotate, norm_scale, swiglu
+from .linear import Linear, computed_in
+from .packing import Spans, interleave, last_rows, pack
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines
-Positions = tuple[Rope, Rope, Rope, Tensor | None]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of interleaved pairs, in fp32: ``x`` (B, T, heads, D), ``cos``/``sin`` (1 or B, T, 1, D/2)."""
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((first * cos - second * sin, first * sin + second * cos), -1)
-    return turned.flatten(-2).to(x.dtype)
+_KEPT = {  # what selective checkpointing does not compute again: the products
+    getattr(torch.ops.aten, name).default
+    for name in ("mm", "addmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+                 "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
+}  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -34,29 +34,34 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.head_dim, self.rows = config.head_dim, config.qkv_rows
-        self.qkv = nn.Linear(config.dim, sum(config.qkv_rows), bias=False)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.head_dim, self.rows, self.eps = config.head_dim, config.qkv_rows, config.norm_eps
+        self.qkv = Linear(config.dim, sum(config.qkv_rows), bias=False)
+        self.out = Linear(config.dim, config.dim, bias=False)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, spans: Spans) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.rows, -1))
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        q = norm_rotate(q, self.q_norm.weight, turns, self.eps)
+        k = norm_rotate(k, self.k_norm.weight, turns, self.eps)
+        mixed = []
+        for span in spans:
+            parts = (span.of(part).transpose(1, 2) for part in (q, k, v))
+            mixed.append(
+                F.scaled_dot_product_attention(*parts, enable_gqa=True).transpose(1, 2).flatten(2).flatten(0, 1)
+            )
+        return self.out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w1 = Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = Linear(config.dim, config.ffn_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
@@ -71,17 +76,18 @@ class Block(nn.Module):
         self.ffn_norm1 = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm2 = nn.RMSNorm(config.dim, eps=config.norm_eps)
         if modulated:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, 4 * config.dim))
-        self.modulated = modulated
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.time_dim, 4 * config.dim))
+        self.modulated, self.eps = modulated, config.norm_eps
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, time: Tensor | None) -> Tensor:
-        if not self.modulated:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, mask))
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time).unsqueeze(1).chunk(4, -1)
-        mixed = self.attention(self.attention_norm1(x) * (1 + scale_a), rope, mask)
-        x = x + gate_a.tanh() * self.attention_norm2(mixed)
-        return x + gate_f.tanh() * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + scale_f)))
+    def forward(self, x: Tensor, turns: Tensor, spans: Spans, time: Tensor | None) -> Tensor:
+        """Tokens (N, dim), their rotary angles, which belong to which sample, and the time embedding (B, time_dim)."""
+        scale_a = gate_a = scale_f = gate_f = None
+        if self.modulated:
+            scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time).chunk(4, -1)
+        mixed = self.attention(norm_scale(x, self.attention_norm1.weight, scale_a, spans, self.eps), turns, spans)
+        x = add_gated(x, mixed, self.attention_norm2.weight, gate_a, spans, self.eps)
+        mixed = self.feed_forward(norm_scale(x, self.ffn_norm1.weight, scale_f, spans, self.eps))
+        return add_gated(x, mixed, self.ffn_norm2.weight, gate_f, spans, self.eps)
 
 
 class TimeEmbedder(nn.Module):
@@ -90,7 +96,7 @@ class TimeEmbedder(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         out = config.time_dim
-        self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, out), nn.SiLU(), nn.Linear(out, out))
+        self.mlp = nn.Sequential(Linear(self.FREQUENCIES, out), nn.SiLU(), Linear(out, out))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         half = self.FREQUENCIES // 2
@@ -102,8 +108,8 @@ class TimeEmbedder(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.dim, config.patch**2 * config.channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
+        self.linear = Linear(config.dim, config.patch**2 * config.channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.time_dim, config.dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         scale = self.adaLN_modulation(time).unsqueeze(1)
@@ -111,22 +117,30 @@ class FinalLayer(nn.Module):
 
 
 class Lumina2Transformer(nn.Module):
-    """See the module's docstring; ``config`` decides the size."""
+    """See the module's docstring; ``config`` decides the size.
+
+    Attributes:
+        compute_dtype: what it computes in; None: what its weights are stored in, or fp32 where the CPU lacks that.
+        checkpoint_every: blocks' activations are computed again in the backward pass, of every n-th block; 0: of none.
+        checkpoint_selective: of those blocks the matrix products are kept, and only the rest is computed again.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
-        self.x_embedder = nn.Linear(config.patch**2 * config.channels, config.dim)
+        self.compute_dtype: torch.dtype | None = None
+        self.checkpoint_every, self.checkpoint_selective = 0, False
+        self.x_embedder = Linear(config.patch**2 * config.channels, config.dim)
         self.noise_refiner = nn.ModuleList(Block(config) for _ in range(config.refiner_layers))
         self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(config.refiner_layers))
         self.t_embedder = TimeEmbedder(config)
         self.cap_embedder = nn.Sequential(
-            nn.RMSNorm(config.caption_dim, eps=config.norm_eps), nn.Linear(config.caption_dim, config.dim)
+            nn.RMSNorm(config.caption_dim, eps=config.norm_eps), Linear(config.caption_dim, config.dim)
         )
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_layer = FinalLayer(config)
-        self._ropes: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._angles = lru_cache(256)(partial(_angles, config))
+        self._turns = lru_cache(64)(self._packed_turns)
 
     @classmethod
     def from_weights(cls, config: TransformerConfig, weights: Mapping[str, Tensor]) -> Lumina2Transformer:
@@ -150,37 +164,19 @@ class Lumina2Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.x_embedder.weight.dtype
+        """What it computes in."""
+        stored = self.cap_embedder[0].weight
+        return self.compute_dtype or computed_in(stored.dtype, stored.device)
 
-    def rope(self, rows: int, columns: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (tokens + rows·columns, D/2) of one caption length and picture size, kept for re-use.
-
-        Caption token i stands at (i, 0, 0), the patch in row r and column c at (tokens, r, c).
-        """
-        key, device = (rows, columns, tokens), self.x_embedder.weight.device
-        if key not in self._ropes or self._ropes[key][0].device != device:
-            if tokens >= self.config.axes_len[0] or max(rows, columns) > self.config.axes_len[1]:
-                raise ModelError(
-                    f"Lumina2 reads at most {self.config.axes_len[0] - 1} caption tokens and "
-                    f"{self.config.axes_len[1]} patches a side; got {tokens} tokens and {rows} × {columns} patches."
-                )
-            if len(self._ropes) >= 256:
-                self._ropes.pop(next(iter(self._ropes)))
-            place = torch.zeros(tokens + rows * columns, 3, dtype=torch.float64)
-            place[:tokens, 0] = torch.arange(tokens)
-            place[tokens:, 0] = tokens
-            place[tokens:, 1] = torch.arange(rows).repeat_interleave(columns)
-            place[tokens:, 2] = torch.arange(columns).repeat(rows)
-            angles = [
-                place[:, axis, None] * self.config.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
-                for axis, d in enumerate(self.config.axes_dim)
-            ]
-            angle = torch.cat(angles, 1)
-            self._ropes[key] = (angle.cos().float().to(device), angle.sin().float().to(device))
-        return self._ropes[key]
+    def compile_blocks(self) -> None:
+        """Fuse the elementwise work of each block, without breaks in its graph; sizes may change."""
+        for block in (*self.noise_refiner, *self.context_refiner, *self.layers):
+            block.compile(dynamic=True, fullgraph=True)
 
     def forward(self, latents: Tensor, t: Tensor, captions: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """The velocity ``z - ε``.
+
+        Samples whose captions have one length are best next to each other: they share their attention's call.
 
         Args:
             latents: (B, channels, height, width) noisy latents; height and width multiples of the patch.
@@ -189,51 +185,95 @@ class Lumina2Transformer(nn.Module):
             lengths: how many tokens of each caption count; known on the host, so nothing waits for the device.
 
         Returns:
-            (B, channels, height, width), in the dtype of the weights.
+            (B, channels, height, width), in the dtype that it computes in.
         """
+        return self.predict(latents, t, self.refine(captions, lengths), lengths)
+
+    def refine(self, captions: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """The caption embedder and the context refiner: (B, tokens, caption_dim) to (all tokens, dim), packed.
+
+        It depends on the caption alone, so that it can be kept where neither of the two is trained.
+        """
+        spans = Spans.of_lengths(lengths)
+        norm, embed = self.cap_embedder
+        packed = pack(captions, lengths).to(self.dtype)
+        text = embed(norm_scale(packed, norm.weight, None, spans, self.config.norm_eps))
+        turns = self._turns(0, 0, lengths, text.device)[0]
+        for number, block in enumerate(self.context_refiner):
+            text = self._run(number, block, text, turns, spans, None)
+        return text
+
+    def predict(self, latents: Tensor, t: Tensor, text: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """The velocity, of refined captions; see ``forward`` and ``refine``."""
         patch, dtype = self.config.patch, self.dtype
         batch, _, height, width = latents.shape
         rows, columns = height // patch, width // patch
-        tokens = max(lengths)
-        captions = captions[:, :tokens]
 
         time = self.t_embedder(t, dtype)
-        text = self.cap_embedder(captions.to(dtype))
         patches = latents.to(dtype).unflatten(3, (columns, patch)).unflatten(2, (rows, patch))
-        image = self.x_embedder(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
+        image = self.x_embedder(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(0, 2))
 
-        text_rope, image_rope, rope, mask = self._positions(rows, columns, tokens, lengths)
-        text_mask = None if mask is None else mask[..., :tokens]
-        for block in self.context_refiner:
-            text = self._run(block, text, text_rope, text_mask, None)
-        for block in self.noise_refiner:
-            image = self._run(block, image, image_rope, None, time)
-        joint = torch.cat((text, image), 1)
-        for block in self.layers:
-            joint = self._run(block, joint, rope, mask, time)
-        out = self.final_layer(joint[:, tokens:], time)
+        images = Spans.of_lengths((rows * columns,) * batch)
+        texts, both = Spans.of_lengths(lengths), Spans.of_lengths(tuple(n + rows * columns for n in lengths))
+        _, image_turns, turns = self._turns(rows, columns, lengths, image.device)
+        for number, block in enumerate(self.noise_refiner):
+            image = self._run(number, block, image, image_turns, images, time)
+        joint = interleave(text, image, texts, images)
+        for number, block in enumerate(self.layers):
+            joint = self._run(number, block, joint, turns, both, time)
+        out = self.final_layer(last_rows(joint, both, rows * columns), time)
         out = out.unflatten(2, (patch, patch, -1)).unflatten(1, (rows, columns))
         return out.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
 
-    def _positions(self, rows: int, columns: int, tokens: int, lengths: tuple[int, ...]) -> Positions:
-        """Rotary tables of text, picture and both, and the mask over keys; no mask where all lengths are equal."""
-        if len(set(lengths)) == 1:
-            cos, sin = (table[None, :, None] for table in self.rope(rows, columns, tokens))
-            mask = None
-        else:
-            tables = []
-            for which in (0, 1):
-                longest = self.rope(rows, columns, tokens)[which][:tokens]
-                tables.append(
-                    torch.stack([torch.cat((longest, self.rope(rows, columns, n)[which][n:])) for n in lengths])
-                )
-            cos, sin = (table[:, :, None] for table in tables)
-            real = torch.tensor([[i < n for i in range(tokens)] + [True] * (rows * columns) for n in lengths])
-            mask = real[:, None, None].to(cos.device, non_blocking=True)
-        text, image = (cos[:1, :tokens], sin[:1, :tokens]), (cos[:, tokens:], sin[:, tokens:])
-        return text, image, (cos, sin), mask
+    def _packed_turns(
+        self, rows: int, columns: int, lengths: tuple[int, ...], device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotary tables (…, D/2, 2) of the text's, the picture's and all tokens of a batch, packed."""
+        tables = [self._angles(rows, columns, tokens) for tokens in lengths]
+        text = torch.cat([table[:n] for table, n in zip(tables, lengths, strict=True)])
+        image = torch.cat([table[n:] for table, n in zip(tables, lengths, strict=True)])
+        return text.to(device), image.to(device), torch.cat(tables).to(device)
 
-    def _run(self, block: nn.Module, x: Tensor, rope: Rope, mask: Tensor | None, time: Tensor | None) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, rope, mask, time, use_reentrant=False)
-        return block(x, rope, mask, time)
+    def _run(
+        self, number: int, block: nn.Module, x: Tensor, turns: Tensor, spans: Spans, time: Tensor | None
+    ) -> Tensor:
+        every = self.checkpoint_every
+        if not every or number % every or not torch.is_grad_enabled():
+            return block(x, turns, spans, time)
+        selective = {"context_fn": _keep_products} if self.checkpoint_selective else {}
+        return checkpoint(block, x, turns, spans, time, use_reentrant=False, **selective)
+
+
+def _keep_products() -> tuple[object, object]:
+    def policy(_: object, op: object, *__: object, **___: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _angles(config: TransformerConfig, rows: int, columns: int, tokens: int) -> Tensor:
+    """Cosines and sines (tokens + rows·columns, D/2, 2) of one caption length and picture size, fp32 on the CPU.
+
+    Caption token i stands at (i, 0, 0), the patch in row r and column c at (tokens, r, c).
+
+    Raises:
+        ModelError: the caption or the picture is too large for the rotary table.
+    """
+    if tokens >= config.axes_len[0] or max(rows, columns) > config.axes_len[1]:
+        raise ModelError(
+            f"Lumina2 reads at most {config.axes_len[0] - 1} caption tokens and {config.axes_len[1]} patches a side; "
+            f"got {tokens} tokens and {rows} × {columns} patches."
+        )
+    place = torch.zeros(tokens + rows * columns, 3, dtype=torch.float64)
+    place[:tokens, 0] = torch.arange(tokens)
+    place[tokens:, 0] = tokens
+    place[tokens:, 1] = torch.arange(rows).repeat_interleave(columns)
+    place[tokens:, 2] = torch.arange(columns).repeat(rows)
+    angle = torch.cat(
+        [
+            place[:, axis, None] * config.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+            for axis, d in enumerate(config.axes_dim)
+        ],
+        1,
+    )
+    return torch.stack((angle.cos(), angle.sin()), -1).float()

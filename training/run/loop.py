@@ -66,7 +66,7 @@ def train(
         RunError: several losses in a row are not finite.
     """
     device = next(transformer.parameters()).device
-    transformer.gradient_checkpointing = sum(p.numel() for p in transformer.parameters()) > CHECKPOINTING_FROM
+    transformer.checkpoint_every = int(sum(p.numel() for p in transformer.parameters()) > CHECKPOINTING_FROM)
     weights = list(state.weights.values())
     transformer.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
