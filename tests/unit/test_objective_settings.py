@@ -72,7 +72,9 @@ def test_contradictions_are_refused():
         ObjectiveSettings(flow_use_uniform_schedule=True, flow_use_beta_schedule=True)
     with pytest.raises(SettingError, match="flow_cubic_schedule_weights and flow_custom_timesteps"):
         ObjectiveSettings(flow_cubic_schedule_weights=[1, 2], flow_custom_timesteps=[0.5])
-    with pytest.raises(SettingError, match=r"sigma_min 0\.5 and sigma_max 1\.0 have no meaning for flow_custom_timesteps"):
+    with pytest.raises(
+        SettingError, match=r"sigma_min 0\.5 and sigma_max 1\.0 have no meaning for flow_custom_timesteps"
+    ):
         ObjectiveSettings(flow_custom_timesteps=[0.7], sigma_min=0.5)
 
 
