@@ -189,19 +189,10 @@ def engine_transformer(model: comfy.model_patcher.ModelPatcher) -> Lumina2Transf
 
 
 def trainable_transformer(model: comfy.model_patcher.ModelPatcher) -> Lumina2Transformer:
-    """``engine_transformer`` with all else released from the device, in a precision that gradients are fast in.
-
-    A CPU without bf16 instructions takes hundreds of times longer for half-precision gradients: there the weights
-    are copied to fp32, and only there is a second copy.
-    """
+    """``engine_transformer`` with all else released from the device."""
     transformer_config(model)
     comfy.model_management.unload_all_models()
-    transformer = engine_transformer(model)
-    on_cpu = transformer.x_embedder.weight.device.type == "cpu"
-    if on_cpu and not (transformer.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        with torch.inference_mode(False):
-            return transformer.float()
-    return transformer
+    return engine_transformer(model)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def norm_scale(x: Tensor, weight: Tensor, scale: Tensor | None, spans: Spans, ep
     if torch.compiler.is_compiling():
         gain = weight.float() if scale is None else weight.float() * (1 + scale.float())
         return (_normed(x, eps) * _rows(gain, spans)).to(x.dtype)
-    return _NormScale.apply(x, weight, scale, spans, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return _NormScale.apply(x, weight, scale, spans, eps)
 
 
 def add_gated(x: Tensor, branch: Tensor, weight: Tensor, gate: Tensor | None, spans: Spans, eps: float) -> Tensor:
@@ -42,14 +42,14 @@ def add_gated(x: Tensor, branch: Tensor, weight: Tensor, gate: Tensor | None, sp
     if torch.compiler.is_compiling():
         gain = weight.float() if gate is None else weight.float() * gate.float().tanh()
         return x + (_normed(branch, eps) * _rows(gain, spans)).to(x.dtype)
-    return _AddGated.apply(x, branch, weight, gate, spans, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return _AddGated.apply(x, branch, weight, gate, spans, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) · up``; both (N, width)."""
     if torch.compiler.is_compiling():
         return F.silu(gate) * up
-    return _SwiGLU.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
+    return _SwiGLU.apply(gate, up)
 
 
 def norm_rotate(x: Tensor, weight: Tensor, turns: Tensor, eps: float) -> Tensor:
@@ -64,7 +64,7 @@ def norm_rotate(x: Tensor, weight: Tensor, turns: Tensor, eps: float) -> Tensor:
         first, second = (_normed(x, eps) * weight.float()).unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = turns[:, None].unbind(-1)
         return torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2).to(x.dtype)
-    return _NormRotate.apply(x, weight, turns, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return _NormRotate.apply(x, weight, turns, eps)
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:

@@ -56,8 +56,8 @@ class Linear(nn.Linear):
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight, bias)
         if self.weight.requires_grad:
-            return _TrainedLinear.apply(x, self.weight, bias, self.read)  # type: ignore[no-any-return, no-untyped-call]
-        return _FrozenLinear.apply(x, bias, self.read)  # type: ignore[no-any-return, no-untyped-call]
+            return _TrainedLinear.apply(x, self.weight, bias, self.read)
+        return _FrozenLinear.apply(x, bias, self.read)
 
 
 def lora_linear(x: Tensor, base: Linear, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -68,7 +68,7 @@ def lora_linear(x: Tensor, base: Linear, a: Tensor, b: Tensor, scale: float) -> 
         a: (rank, in), b: (out, rank), in any floating dtype; products are computed in that of ``x``.
     """
     bias = None if base.bias is None else base.bias.to(x.dtype)
-    return _LoRALinear.apply(x, bias, base.read, a, b, scale)  # type: ignore[no-any-return, no-untyped-call]
+    return _LoRALinear.apply(x, bias, base.read, a, b, scale)
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from ..errors import ModelError
 from .config import TransformerConfig
@@ -46,10 +52,9 @@ class Attention(nn.Module):
         k = norm_rotate(k, self.k_norm.weight, turns, self.eps)
         mixed = []
         for span in spans:
-            parts = (span.of(part).transpose(1, 2) for part in (q, k, v))
-            mixed.append(
-                F.scaled_dot_product_attention(*parts, enable_gqa=True).transpose(1, 2).flatten(2).flatten(0, 1)
-            )
+            query, key, value = (span.of(part).transpose(1, 2) for part in (q, k, v))
+            heads = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+            mixed.append(heads.transpose(1, 2).flatten(2).flatten(0, 1))
         return self.out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
 
 
@@ -165,7 +170,7 @@ class Lumina2Transformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
-        stored = self.cap_embedder[0].weight
+        stored = self.final_layer.linear.weight
         return self.compute_dtype or computed_in(stored.dtype, stored.device)
 
     def compile_blocks(self) -> None:
@@ -195,9 +200,9 @@ class Lumina2Transformer(nn.Module):
         It depends on the caption alone, so that it can be kept where neither of the two is trained.
         """
         spans = Spans.of_lengths(lengths)
-        norm, embed = self.cap_embedder
         packed = pack(captions, lengths).to(self.dtype)
-        text = embed(norm_scale(packed, norm.weight, None, spans, self.config.norm_eps))
+        weight: Tensor = self.cap_embedder[0].weight  # type: ignore[assignment]
+        text = self.cap_embedder[1](norm_scale(packed, weight, None, spans, self.config.norm_eps))
         turns = self._turns(0, 0, lengths, text.device)[0]
         for number, block in enumerate(self.context_refiner):
             text = self._run(number, block, text, turns, spans, None)
@@ -240,11 +245,11 @@ class Lumina2Transformer(nn.Module):
         every = self.checkpoint_every
         if not every or number % every or not torch.is_grad_enabled():
             return block(x, turns, spans, time)
-        selective = {"context_fn": _keep_products} if self.checkpoint_selective else {}
-        return checkpoint(block, x, turns, spans, time, use_reentrant=False, **selective)
+        contexts = _keep_products if self.checkpoint_selective else noop_context_fn
+        return checkpoint(block, x, turns, spans, time, use_reentrant=False, context_fn=contexts)
 
 
-def _keep_products() -> tuple[object, object]:
+def _keep_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     def policy(_: object, op: object, *__: object, **___: object) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
