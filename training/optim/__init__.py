@@ -1,0 +1,1 @@
+"""Optimisers, learning rates, clipping and averages of the weights."""
