@@ -45,12 +45,21 @@ def test_levels_are_the_quantiles_of_their_distribution(settings, quantile):
 
 
 def test_a_density_through_three_weights():
-    """(0, 1, 0): between its weights the monotone cubic is 2t − t² with t = 2σ up to the middle, by hand."""
+    """Up to the middle the monotone cubic through (0, 1, 0) is 2t − t² with t = 2σ."""
     settings = ObjectiveSettings(flow_cubic_schedule_weights=[0, 1, 0])
     share = (0.5**2 - 0.5**3 / 3) / (4 / 3)  # below σ = 0.25
     assert draw_sigmas(torch.tensor([share, 0.5, 1 - share]), settings, 1.0).tolist() == pytest.approx(
         [0.25, 0.5, 0.75], abs=1e-3
     )
+
+
+def test_a_density_stays_between_its_weights():
+    """Through (0, 0, 1, 1) it is 0 in the first third and 3t² − 2t³ in the second, of 1.5 thirds in all."""
+    settings = ObjectiveSettings(flow_cubic_schedule_weights=[0, 0, 1, 1])
+    half = (0.5**3 - 0.5**4 / 2) / 1.5  # below the middle
+    levels = draw_sigmas(torch.tensor([1e-9, half, 1 / 3, 2 / 3]), settings, 1.0)
+    assert levels[0] > 1 / 3
+    assert levels[1:].tolist() == pytest.approx([1 / 2, 2 / 3, 5 / 6], abs=1e-3)
 
 
 @pytest.mark.parametrize("shift", [1.0, 6.0])

@@ -99,6 +99,9 @@ def test_a_mask_weighs_every_element_and_not_the_mean():
     expected = ((prediction - target).square() * mask).sum((1, 2, 3)) / 12
     losses = sample_losses(prediction, target, torch.tensor([0.2, 0.3]), ObjectiveSettings(), mask)
     assert torch.allclose(losses, expected)
+    picture, sigmas = torch.zeros_like(target), torch.tensor([0.2, 0.3])
+    said = training_losses(lambda *_: prediction, picture, -target, sigmas, ObjectiveSettings(), mask=mask)
+    assert torch.allclose(said, expected)
 
 
 def test_masks_are_used_for_a_share_of_the_samples():

@@ -98,6 +98,8 @@ def test_a_way_in_inference_steps_passes_the_levels_of_inference():
     levels = plan([grid[12].item(), grid[1].item()], grid_steps=20, **ALWAYS)
     assert levels[0].tolist() == pytest.approx(grid[9:13].tolist(), abs=1e-6)
     assert levels[1].tolist() == pytest.approx([1, 1, 1, grid[1].item()], abs=1e-6)
+    drawn = torch.rand(2000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plan(drawn.tolist(), grid_steps=20, grid_shift=25.0, **ALWAYS)[:, -1], drawn)
     other = plan([0.5], grid_steps=10, grid_shift=1.0, **ALWAYS)
     assert other[0].tolist() == pytest.approx([0.8, 0.7, 0.6, 0.5])
 
@@ -270,6 +272,15 @@ def test_a_perfect_network_has_no_loss_on_its_own_latents():
         levels=plan(sigmas.tolist(), **ALWAYS, grid_steps=20),
     )
     assert losses.max() < 1e-4
+
+
+def test_a_rollout_starts_from_the_noise_that_is_seen():
+    levels = plan([0.3, 0.5, 0.7], **ALWAYS, grid_steps=20)
+    network, settings = towards(OTHER), ObjectiveSettings(scheduled_sampling=ScheduledSamplingSettings(**ALWAYS))
+    training_losses(network, PICTURE, NOISE, levels[:, -1], settings, levels=levels, seen_noise=2 * NOISE)
+    assert torch.equal(network.asked[0][0], add_noise(PICTURE, 2 * NOISE, levels[:, 0]))
+    assert torch.equal(network.asked[-2][0], add_noise(PICTURE, 2 * NOISE, levels[:, -1]))
+    assert torch.equal(network.asked[-1][0], roll_out(towards(OTHER), PICTURE, 2 * NOISE, levels))
 
 
 def test_teacher_and_student_see_one_rolled_out_input():

@@ -13,7 +13,6 @@ from ..config.objective import ObjectiveSettings
 from .sigmas import auto_shift, logit_normal_sigmas, shift_sigmas
 
 Map = Callable[[Tensor], Tensor]
-EDGE = 2.0**-25  # half the grain of an fp32 draw, which can be 0 itself
 
 
 def schedule_shift(settings: ObjectiveSettings, height: int, width: int) -> float:
@@ -28,11 +27,11 @@ def draw_sigmas(uniform: Tensor, settings: ObjectiveSettings, shift: float, firs
     mapped to the part of (0, 1) that leads there.
 
     Args:
-        uniform: (B,) draws between 0 and 1, on the CPU; the level grows with them.
+        uniform: (B,) draws in [0, 1), on the CPU; the level grows with them.
         shift: of ``schedule_shift``.
         first: the number of the first sample since the run began, for timesteps in turn.
     """
-    uniform = uniform.double().clamp(EDGE, 1 - EDGE)
+    uniform = uniform.double()
     if settings.flow_custom_timesteps:
         levels = torch.tensor(settings.custom_sigmas, dtype=torch.float64)
         in_turn = settings.flow_timesteps_mode == "round-robin"
@@ -51,7 +50,7 @@ def stratify(uniform: Tensor, order: Tensor, strata: int | None = None) -> Tenso
     Each draw alone is as uniform as before, over ``order``; the mean over a batch varies less.
 
     Args:
-        uniform: (B,) draws between 0 and 1.
+        uniform: (B,) draws in [0, 1).
         order: (B,) the part of each, of ``stratum_order``; a slice of it where this is a slice of the batch.
         strata: the size of the whole batch; by default that of ``order``.
     """

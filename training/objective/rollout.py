@@ -66,10 +66,9 @@ def plan_rollout(
         return None
     steps, shift = (settings.grid_steps, settings.grid_shift) if settings.grid_steps else (1000, 1.0)
     back = torch.minimum(torch.arange(longest, -1, -1), offsets[:, None])
-    sigma = sigmas.double()[:, None]
-    # The steps of inference are even before the shift; a shift of 1/s undoes one of s.
-    even = (shift_sigmas(sigma, 1 / shift) + back / steps).clamp(max=1)
-    return torch.where(back == 0, sigma, shift_sigmas(even, shift)).float()
+    # The steps of inference are even before the shift; a shift of 1/s undoes one of s, in fp64 to the last bit of fp32.
+    even = shift_sigmas(sigmas.double()[:, None], 1 / shift) + back / steps
+    return shift_sigmas(even.clamp(max=1), shift).float()
 
 
 def rolled_out(levels: Tensor | None) -> list[int]:
