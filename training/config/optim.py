@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SettingError
-from .settings import _require
+from .checks import require
 
 OPTIMIZERS = (
     "adamw_bf16",
     "torch-adamw",
     *(f"optimi-{name}" for name in ("stableadamw", "adamw", "lion", "adan", "radam", "ranger", "sgd")),
-    *(f"ao-adamw{bits}" for bits in ("8bit", "4bit", "fp8")),
+    *(f"ao-{name}" for name in ("adamw8bit", "adamw4bit", "adamfp8", "adamwfp8")),
     *(f"bnb-{name}{bits}" for name in ("adagrad", "adam", "adamw", "lion", "ademamix") for bits in ("", "8bit")),
     "prodigy",
     "adamw_schedulefree",
@@ -26,7 +26,7 @@ OPTIMIZERS = (
 _ALIASES = {"lion": "optimi-lion"}
 # Those whose update is no larger than its learning rate by themselves, and those that can be told a smaller rate.
 CLIP_THEMSELVES = ("optimi-stableadamw", "optimi-lion", "bnb-lion", "bnb-lion8bit", "adafactor")
-CAN_BE_CLIPPED = ("adamw_bf16", "torch-adamw", "ao-adamw8bit", "ao-adamw4bit", "ao-adamwfp8")
+CAN_BE_CLIPPED = ("adamw_bf16", "torch-adamw", "ao-adamw8bit", "ao-adamw4bit", "ao-adamfp8", "ao-adamwfp8")
 SCHEDULERS = (
     "constant",
     "constant_with_warmup",
@@ -73,7 +73,7 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         def check(name: str, holds: bool, remedy: str) -> None:
-            _require(holds, name, repr(getattr(self, name)), remedy)
+            require(holds, name, getattr(self, name), remedy)
 
         for name in ("learning_rate", "max_grad_norm", "lr_power", "lr_end", "ema_decay"):
             object.__setattr__(self, name, float(getattr(self, name)))  # 1 and 1.0 are the same setting
@@ -124,35 +124,35 @@ class OptimizerSettings:
 
     def _check_optimizer(self) -> None:
         if self.schedule_free:
-            _require(
+            require(
                 self.lr_scheduler in ("constant", "constant_with_warmup"),
                 "lr_scheduler",
                 self.lr_scheduler,
                 f"{self.optimizer} needs no schedule: choose constant, with lr_warmup_steps if you like",
             )
-            _require(not self.use_ema, "use_ema", True, f"{self.optimizer} averages the weights itself: switch it off")
-            _require(self.optimizer_beta1 != 0, "optimizer_beta1", 0, f"{self.optimizer} needs it above 0, such as 0.9")
+            require(not self.use_ema, "use_ema", True, f"{self.optimizer} averages the weights itself: switch it off")
+            require(self.optimizer_beta1 != 0, "optimizer_beta1", 0, f"{self.optimizer} needs it above 0, such as 0.9")
         if self.optimizer == "prodigy":
             remedy = "prodigy finds the learning rate, and this multiplies it: choose 1"
-            _require(self.learning_rate >= 0.01, "learning_rate", self.learning_rate, remedy)
+            require(self.learning_rate >= 0.01, "learning_rate", self.learning_rate, remedy)
 
     def _check_fused_backward(self) -> None:
         clipping = self.grad_clip_method if self.max_grad_norm else "none"
         if not self.fused_backward:
             remedy = "only fused_backward clips updates: choose norm or value"
-            _require(clipping != "update", "grad_clip_method", clipping, remedy)
+            require(clipping != "update", "grad_clip_method", clipping, remedy)
             return
         steps = self.gradient_accumulation_steps
         remedy = "fused_backward keeps no gradient to add to: choose 1, or switch fused_backward off"
-        _require(steps == 1, "gradient_accumulation_steps", steps, remedy)
+        require(steps == 1, "gradient_accumulation_steps", steps, remedy)
         remedy = "fused_backward never has all gradients at once: choose update or value, or max_grad_norm 0"
-        _require(clipping != "norm", "grad_clip_method", clipping, remedy)
+        require(clipping != "norm", "grad_clip_method", clipping, remedy)
         remedy = "prodigy measures all weights together: choose another, or switch fused_backward off"
-        _require(self.optimizer != "prodigy", "optimizer", self.optimizer, remedy)
+        require(self.optimizer != "prodigy", "optimizer", self.optimizer, remedy)
         if clipping == "update":
             clips = (*CAN_BE_CLIPPED, *CLIP_THEMSELVES)
             remedy = f"{self.optimizer} cannot clip updates: choose value, or one of {', '.join(clips)}"
-            _require(self.optimizer in clips, "grad_clip_method", clipping, remedy)
+            require(self.optimizer in clips, "grad_clip_method", clipping, remedy)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -170,14 +170,14 @@ class OptimizerSettings:
         Raises:
             SettingError: the warm-up is as long as the run, or there is nothing to free in the backward pass.
         """
-        _require(
+        require(
             self.lr_warmup_steps < optimizer_steps,
             "lr_warmup_steps",
             self.lr_warmup_steps,
             f"the run has {optimizer_steps} optimiser steps: choose fewer",
         )
         remedy = "the gradients of a LoRA are small: switch it off, or train all weights"
-        _require(full_fine_tune or not self.fused_backward, "fused_backward", True, remedy)
+        require(full_fine_tune or not self.fused_backward, "fused_backward", True, remedy)
 
 
 def parse_optimizer_config(config: str | Mapping[str, Any]) -> dict[str, Any]:

@@ -72,9 +72,9 @@ class EMA:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within the block the weights are their averages; after it they are what they were, bit for bit."""
-        with _kept(list(self.weights.values())):
-            for name, weight in self.weights.items():
-                weight.copy_(self.averages[name])
+        weights = list(self.weights.values())
+        with _kept(weights):
+            _write(weights, list(self.averages.values()))
             yield
 
 
@@ -99,10 +99,14 @@ def averaged(optimizer: AnyOptimizer) -> Iterator[None]:
 @contextmanager
 def _kept(weights: list[nn.Parameter]) -> Iterator[None]:
     """Put the weights back at the end. Undoing arithmetic would not: it rounds."""
-    with torch.no_grad():
-        before = [weight.clone() for weight in weights]
-        try:
-            yield
-        finally:
-            for weight, value in zip(weights, before, strict=True):
-                weight.copy_(value)
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        yield
+    finally:
+        _write(weights, before)
+
+
+@torch.no_grad()
+def _write(weights: list[nn.Parameter], values: list[Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)

@@ -44,6 +44,7 @@ _SOURCES = {
     "optimi-sgd": _optimi("SGD"),
     "ao-adamw8bit": _Source("torchao.optim", "AdamW8bit", "torchao"),
     "ao-adamw4bit": _Source("torchao.optim", "AdamW4bit", "torchao"),
+    "ao-adamfp8": _Source("torchao.optim", "AdamFp8", "torchao"),
     "ao-adamwfp8": _Source("torchao.optim", "AdamWFp8", "torchao"),
     **{
         f"bnb-{name}{bits}": _Source("bitsandbytes.optim", cls + bits, "bitsandbytes")
