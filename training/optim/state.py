@@ -57,6 +57,11 @@ def optimizer_tensors(optimizer: AnyOptimizer) -> tuple[dict[str, Tensor], dict[
                 parts, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
                 made_of[f"{kind}.{name}"] = [type(value).__module__, type(value).__name__, _to_json(context)]
                 tensors.update({f"{kind}/{part}.{name}": getattr(value, part) for part in parts})
+    places: set[int] = set()
+    for key, value in tensors.items():
+        if value.data_ptr() in places:
+            tensors[key] = value.clone()  # bitsandbytes has one table for all, and safetensors refuses such
+        places.add(value.data_ptr())
     scalars = {
         "optimizer": _name(optimizer),
         "groups": groups,
