@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..training.config.settings import TARGETS, LoRASettings
+from ..training.config.adapter import TARGETS, LoRASettings
 from .sockets import AdapterSocket
 
 

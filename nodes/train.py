@@ -12,7 +12,9 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..training.cache.latents import LatentCache
 from ..training.cache.texts import TextCache
-from ..training.config.settings import RESUME, LoRASettings, TrainSettings
+from ..training.config.adapter import LoRASettings
+from ..training.config.optim import OptimizerSettings
+from ..training.config.settings import RESUME, TrainSettings
 from ..training.run.session import Outcome, Request, Watcher, train_lora
 from . import places
 from .progress import Progress, duration
@@ -142,10 +144,10 @@ class TrainLumina2LoRA(io.ComfyNode):
 
         settings = TrainSettings(
             steps=steps,
-            learning_rate=learning_rate,
             batch_size=batch_size,
             seed=seed,
-            lora=adapter or LoRASettings(rank),
+            adapter=adapter or LoRASettings(rank),
+            optimizer=OptimizerSettings(learning_rate=learning_rate),
         )
         progress = Progress(cls.hidden.unique_id, steps)
         progress.say("loading the model")

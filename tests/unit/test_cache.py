@@ -23,6 +23,7 @@ from training.config.dataset import (
     MixSettings,
     SourceSettings,
 )
+from training.config.objective import ObjectiveSettings
 from training.config.settings import TrainSettings
 from training.data.dataset import append, decode_row, load_dataset
 from training.errors import CacheError, DataError, SettingError
@@ -274,7 +275,9 @@ def test_several_datasets_are_joined_by_their_part(cache, folder):
     both = append(cache.dataset(), cache.dataset(captions=CaptionSettings("filename"), mix=MixSettings("eval")))
     latents, texts = cache.latents(both), cache.texts(both)
     assert latents.count == texts.count == 8
-    with Batches(latents, texts, TrainSettings(caption_dropout=0.0), lambda z: z) as batches:
+    with Batches(
+        latents, texts, TrainSettings(objective=ObjectiveSettings(caption_dropout_probability=0)), lambda z: z
+    ) as batches:
         lengths = {batches.make(step).lengths[0] for step in range(40)}
     assert lengths == {9, 10}  # "the same" and "picture 0"; never "0", which is held out
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from training.adapter.lora import add_lora
+from training.config.adapter import LoRASettings
 from training.config.precision import PrecisionSettings
-from training.config.settings import LoRASettings
 from training.errors import ModelError, SettingError
 from training.model.config import TransformerConfig
 from training.model.keys import diffusers_weights

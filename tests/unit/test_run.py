@@ -12,8 +12,11 @@ from training.adapter.files import check_lora, comfyui_lora
 from training.adapter.lora import add_lora, target_modules
 from training.cache.given import keep_given
 from training.cache.store import Store
+from training.config.adapter import LoRASettings
 from training.config.dataset import MixSettings
-from training.config.settings import LoRASettings, TrainSettings, check_run_name, deciding
+from training.config.objective import ObjectiveSettings
+from training.config.optim import OptimizerSettings
+from training.config.settings import TrainSettings, check_run_name, deciding
 from training.errors import DataError, ModelError, RunError, SettingError
 from training.model.config import TransformerConfig
 from training.model.fingerprint import transformer_fingerprint
@@ -26,7 +29,20 @@ from training.run.session import Request, Watcher, train_lora
 CONFIG = TransformerConfig(
     dim=48, layers=2, refiner_layers=1, heads=4, kv_heads=2, caption_dim=8, ffn_dim=64, channels=4, axes_dim=(4, 4, 4)
 )
-SETTINGS = TrainSettings(steps=8, learning_rate=1e-2, batch_size=2, checkpoint_step_interval=3, lora=LoRASettings(4))
+SETTINGS = TrainSettings(
+    steps=8,
+    batch_size=2,
+    adapter=LoRASettings(4),
+    optimizer=OptimizerSettings(learning_rate=1e-2),
+    checkpoint_step_interval=3,
+)
+
+
+FASTER = replace(SETTINGS, optimizer=OptimizerSettings(learning_rate=2e-2))
+
+
+def with_dropout(share, **changes):
+    return replace(SETTINGS, objective=ObjectiveSettings(caption_dropout_probability=share), **changes)
 
 
 def transformer(seed=0):
@@ -136,13 +152,13 @@ def test_the_same_settings_train_once(run, store):
 def test_other_settings_train_into_another_folder_and_going_back_finds_the_first(run, store):
     first = run()
     before = {path: path.read_bytes() for path in (store.root / "cats").rglob("*") if path.is_file()}
-    other = run(replace(SETTINGS, learning_rate=2e-2))
+    other = run(FASTER)
     assert (run.steps, other.run.folder) == (8, "cats-2")
     assert not same(other.lora, first.lora)
     assert {path: path.read_bytes() for path in before} == before
     assert run().run.folder == "cats"
     assert run.steps == 0
-    for change in ({"seed": 7}, {"batch_size": 1}, {"lora": LoRASettings(2)}):
+    for change in ({"seed": 7}, {"batch_size": 1}, {"adapter": LoRASettings(2)}):
         run(replace(SETTINGS, **change))
         assert run.steps == 8, change
     run(attempt=1)
@@ -192,7 +208,7 @@ def test_going_on_equals_never_having_stopped(run, store, tmp_path):
 
 
 def test_dropout_resumes_alike_too(run, tmp_path):
-    settings = replace(SETTINGS, lora=LoRASettings(4, dropout=0.5))
+    settings = replace(SETTINGS, adapter=LoRASettings(4, dropout=0.5))
     with pytest.raises(KeyboardInterrupt):
         run(settings, stop_at=4)
     continued = run(settings)
@@ -236,12 +252,20 @@ def test_stopped_and_kept_stays_until_it_is_asked_to_go_on(run, store):
 
 def test_starting_from_a_checkpoint_of_another_run(run, store):
     run()
-    branch = run(replace(SETTINGS, learning_rate=2e-2), resume="from checkpoint", checkpoint="cats/checkpoint-3")
+    branch = run(
+        FASTER,
+        resume="from checkpoint",
+        checkpoint="cats/checkpoint-3",
+    )
     assert run.steps == 5
     assert branch.run.folder == "cats-2"
     assert branch.run.start == "cats/checkpoint-3"
     assert "learning_rate: 0.01 → 0.02" in run.said[-1]
-    run(replace(SETTINGS, learning_rate=2e-2), resume="from checkpoint", checkpoint="cats/checkpoint-3")
+    run(
+        FASTER,
+        resume="from checkpoint",
+        checkpoint="cats/checkpoint-3",
+    )
     assert run.steps == 0
     run(resume="from checkpoint", checkpoint="cats/checkpoint-6", name="dogs")
     assert run.steps == 2
@@ -252,7 +276,7 @@ def test_starting_from_a_checkpoint_of_another_run(run, store):
     with pytest.raises(SettingError, match="set steps above"):
         run(resume="from checkpoint", checkpoint="cats/checkpoint-8")
     with pytest.raises(ModelError, match="another adapter"):
-        run(replace(SETTINGS, lora=LoRASettings(2)), resume="from checkpoint", checkpoint="cats/checkpoint-3")
+        run(replace(SETTINGS, adapter=LoRASettings(2)), resume="from checkpoint", checkpoint="cats/checkpoint-3")
 
 
 def test_names_taken_by_others_are_never_overwritten(run, store):
@@ -274,16 +298,20 @@ def test_names_of_any_script_are_good():
 
 
 def test_settings_at_their_defaults_are_no_part_of_the_identity():
-    assert deciding(TrainSettings(lora=LoRASettings(alpha=8))) == deciding(TrainSettings(lora=LoRASettings(alpha=8.0)))
+    assert deciding(TrainSettings(adapter=LoRASettings(alpha=8))) == deciding(
+        TrainSettings(adapter=LoRASettings(alpha=8.0))
+    )
     assert str(LoRASettings(alpha=8).alpha) == "8.0"
     assert deciding(TrainSettings(steps=7)) == {}
-    assert deciding(TrainSettings(learning_rate=1e-3, lora=LoRASettings(targets="all"))) == {
+    assert deciding(
+        TrainSettings(adapter=LoRASettings(targets="all"), optimizer=OptimizerSettings(learning_rate=1e-3))
+    ) == {
         "learning_rate": 1e-3,
         "lora_targets": "all",
     }
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"learning_rate": 0}, {"batch_size": 0}, {"seed": -1}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch_size": 0}, {"seed": -1}])
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(SettingError, match=next(iter(wrong))):
         TrainSettings(**wrong)
@@ -298,7 +326,7 @@ def test_pictures_without_captions_are_counted(caches, tmp_path):
 
 def test_batches_are_what_the_objective_says(caches):
     latents, texts, _ = tensors()
-    with Batches(*caches, replace(SETTINGS, caption_dropout=0.0), lambda z: z * 0.5) as batches:
+    with Batches(*caches, with_dropout(0), lambda z: z * 0.5) as batches:
         taken = [batches.take(step) for step in range(30)]
         assert torch.equal(batches.make(7).noise, taken[7].noise)
     for batch in taken:
@@ -311,7 +339,7 @@ def test_batches_are_what_the_objective_says(caches):
     assert abs(noise.mean()) < 0.05
     assert abs(noise.std() - 1) < 0.05
     assert len({batch.sigmas[0].item() for batch in taken}) == 30
-    with Batches(*caches, replace(SETTINGS, caption_dropout=1.0), lambda z: z) as batches:
+    with Batches(*caches, with_dropout(1), lambda z: z) as batches:
         assert batches.take(0).lengths == (1, 1)
 
 
@@ -411,5 +439,12 @@ def test_a_fingerprint_knows_weights_not_precision():
 
 def test_the_loss_falls_on_a_single_picture(tmp_path, store):
     train = Train(given(tmp_path, [0]), store)
-    outcome = train(replace(SETTINGS, steps=150, lora=LoRASettings(8, targets="all"), caption_dropout=0.0))
+    outcome = train(
+        replace(
+            SETTINGS,
+            steps=150,
+            adapter=LoRASettings(8, targets="all"),
+            objective=ObjectiveSettings(caption_dropout_probability=0),
+        )
+    )
     assert sum(outcome.losses[-30:]) < 0.8 * sum(outcome.losses[:30])

@@ -157,7 +157,9 @@ def switched_off(layers: Iterable[AdaptedLinear]) -> Iterator[None]:
 
 
 def put_layer(model: nn.Module, name: str, layer: nn.Module | nn.Parameter) -> None:
-    """Set the module or parameter that a dotted name stands for."""
+    """Set the module or parameter that a dotted name stands for; a module trains if the model does."""
+    if isinstance(layer, nn.Module):
+        layer.train(model.training)
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
 

@@ -35,6 +35,7 @@ class Full(Adapter):
         That is the format of ``models/diffusion_models``.
         """
         tensors = {n: w.detach().cpu().clone().contiguous() for n, w in self.transformer.state_dict().items()}
+        tensors["norm_final.weight"] = torch.ones(self.transformer.config.dim)  # ComfyUI has it, and never uses it
         return tensors, {"modelspec.architecture": "lumina-2"}
 
     def describe(self) -> str:

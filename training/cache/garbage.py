@@ -42,7 +42,7 @@ def collect_garbage(folder: Path, grace_hours: float = GRACE_HOURS, dry_run: boo
     named: set[str] = set()
     for path in lists:
         table = read_manifest(path)
-        for column in {"key", "flipped", "keys"} & set(table.column_names):
+        for column in {"key", "flipped", "keys", "mask"} & set(table.column_names):
             values = table[column].combine_chunks()
             named |= set((values.flatten() if column == "keys" else values).to_pylist())
         named |= set(json.loads((table.schema.metadata or {}).get(b"subject", b"{}")).get("also", []))

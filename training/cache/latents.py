@@ -24,6 +24,7 @@ from ..data.sources import Source
 from ..data.sources.opening import open_source
 from ..errors import CacheError, DataError
 from .manifest import read_manifest, write_manifest
+from .masks import cache_masks, masks_of
 from .store import KEY_LENGTH, Catalog, Store, Writer
 
 Encode = Callable[[Tensor], Tensor]  # pictures (B, height, width, 3) in [0, 1] -> latents (B, C, h, w)
@@ -64,6 +65,7 @@ class LatentCache:
             id=table["id"].to_numpy(zero_copy_only=False),
             key=_fixed(table["key"]),
             flipped=_fixed(table["flipped"]),
+            mask=_fixed(table["mask"]) if "mask" in table.column_names else np.full(len(table), b"", f"S{KEY_LENGTH}"),
             shape=shapes,
             repeats=table["repeats"].to_numpy(),
             row=table["row"].to_numpy(),
@@ -77,6 +79,7 @@ class LatentRows(NamedTuple):
     id: np.ndarray  # of the picture in its dataset
     key: np.ndarray  # S40; empty where it is encoded while training
     flipped: np.ndarray  # S40: the mirrored picture's, empty where it is not shown
+    mask: np.ndarray  # S40: what counts of the picture, empty where all does
     shape: np.ndarray  # (N, 3) channels, height, width of the latent
     repeats: np.ndarray
     row: np.ndarray  # of the picture among its dataset's rows
@@ -134,8 +137,13 @@ def cache_latents(
         settings = part.settings
         place = Store(settings.cache.cache_dir_vae) if settings.cache.cache_dir_vae else store
         rows = open_rows(part)
+        masks = masks_of(dataset, part)
+        holds_masks = settings.mix.dataset_type == "conditioning"
         online = settings.cache.vae_cache_disable or settings.cache.vae_cache_clear_each_epoch
-        if online:
+        masked = [""] * len(rows)
+        if holds_masks:
+            keys, shapes = [masked, masked], np.zeros((len(rows), 3), int)
+        elif online:
             shapes = np.stack([np.full(len(rows), channels), rows.plan.height_px // downscale,
                                rows.plan.width_px // downscale], axis=1)  # fmt: skip
             keys = [[""] * len(rows), [""] * len(rows)]
@@ -144,6 +152,9 @@ def cache_latents(
             filling.run(encode, on_batch)
             skipped += filling.problems
             keys, shapes = filling.keys, filling.shapes()
+            if masks:
+                masked, problems = cache_masks(rows, shapes, masks, filling.catalog, settings.cache.write_batch_size)
+                skipped += problems
         kept = np.flatnonzero(shapes[:, 0] > 0)
         lists.append(
             {
@@ -151,6 +162,7 @@ def cache_latents(
                 "id": rows.ids.take(kept).to_pylist(),
                 "key": [keys[0][n] for n in kept],
                 "flipped": [keys[1][n] for n in kept],
+                "mask": [masked[n] for n in kept],
                 "channels": shapes[kept, 0],
                 "height": shapes[kept, 1],
                 "width": shapes[kept, 2],

@@ -90,6 +90,8 @@ def cache_texts(
     skipped = list(catalog.damaged)
     unsaid = 0
     for number, part in enumerate(dataset.parts):
+        if part.settings.mix.dataset_type == "conditioning":
+            continue
         rows = open_rows(part)
         edit = CaptionEditor(part.settings.captions)
         kept = 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import SettingError
+from .checks import require
 
 TARGETS = ("attention", "attention+ff", "blocks", "all")
 REGEX = "regex:"  # before a regular expression that whole module names have to match
@@ -17,11 +18,6 @@ QKV = ("fused", "split")
 INITS = ("default", "gaussian", "pissa", "olora")
 STACKS = ("layers", "noise_refiner", "context_refiner")
 _BLOCK = re.compile(rf"(?:({'|'.join(STACKS)})(?:\.(?=\d)|$))?(?:(\d+)(?:-(\d+))?)?")
-
-
-def _require(holds: bool, name: str, value: Any, remedy: str) -> None:
-    if not holds:
-        raise SettingError(f"{name} is {value}; {remedy}.")
 
 
 def parse_blocks(blocks: str) -> dict[str, tuple[str, range | None]]:
@@ -52,7 +48,7 @@ def _check_targets(targets: str, blocks: str, others: tuple[str, ...] = ()) -> N
     else:
         choices = ", ".join(filter(None, (*TARGETS, *others)))
         known = (*TARGETS, *others)
-        _require(targets in known, "targets", repr(targets), f'choose one of {choices}, or "{REGEX}…" on module names')
+        require(targets in known, "targets", targets, f'choose one of {choices}, or "{REGEX}…" on module names')
     parse_blocks(blocks)
 
 
@@ -79,24 +75,24 @@ class LoRASettings:
     def __post_init__(self) -> None:
         for name in ("alpha", "dropout", "loraplus_lr_ratio"):
             object.__setattr__(self, name, float(getattr(self, name)))  # 8 and 8.0 are the same setting
-        _require(self.rank >= 1, "rank", self.rank, "choose at least 1")
-        _require(self.alpha >= 0, "alpha", self.alpha, "choose a positive number, or 0 for the rank")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "choose at least 0 and less than 1")
+        require(self.rank >= 1, "rank", self.rank, "choose at least 1")
+        require(self.alpha >= 0, "alpha", self.alpha, "choose a positive number, or 0 for the rank")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "choose at least 0 and less than 1")
         _check_targets(self.targets, self.blocks)
-        _require(self.qkv in QKV, "lora_qkv", self.qkv, f"choose one of {', '.join(QKV)}")
+        require(self.qkv in QKV, "lora_qkv", self.qkv, f"choose one of {', '.join(QKV)}")
         if self.init == "loftq":
             raise SettingError(
                 "init is loftq, which replaces the base's quantised weights, so that the LoRA would fit no other copy "
                 f"of the model. Choose one of {', '.join(INITS)}; pissa is the nearest."
             )
-        _require(self.init in INITS, "init", self.init, f"choose one of {', '.join(INITS)}")
-        _require(
+        require(self.init in INITS, "init", self.init, f"choose one of {', '.join(INITS)}")
+        require(
             math.isfinite(self.loraplus_lr_ratio) and self.loraplus_lr_ratio > 0,
             "loraplus_lr_ratio",
             self.loraplus_lr_ratio,
             "choose a positive number; 16 is usual, 1 turns LoRA+ off",
         )
-        _require(
+        require(
             not self.init_lora or self.init == "default",
             "init",
             self.init,
@@ -206,14 +202,14 @@ class LyCORISSettings:
         object.__setattr__(self, "algo", str(self.algo).lower())
         if self.algo not in ALGOS:
             raise SettingError(f"The LyCORIS algo is {self.algo!r}; choose one of {', '.join(ALGOS)}.")
-        _require(math.isfinite(self.multiplier) and self.multiplier != 0, "multiplier", self.multiplier, "1 is usual")
-        _require(self.linear_dim >= 1, "linear_dim", self.linear_dim, "choose at least 1")
-        _require(self.linear_alpha >= 0, "linear_alpha", self.linear_alpha, "choose at least 0")
-        _require(self.factor == -1 or self.factor >= 1, "factor", self.factor, "choose at least 1, or -1")
+        require(math.isfinite(self.multiplier) and self.multiplier != 0, "multiplier", self.multiplier, "1 is usual")
+        require(self.linear_dim >= 1, "linear_dim", self.linear_dim, "choose at least 1")
+        require(self.linear_alpha >= 0, "linear_alpha", self.linear_alpha, "choose at least 0")
+        require(self.factor == -1 or self.factor >= 1, "factor", self.factor, "choose at least 1, or -1")
         for name in ("dropout", "rank_dropout", "module_dropout"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "choose at least 0 and less than 1")
-        _require(self.constraint >= 0, "constraint", self.constraint, "choose at least 0")
-        _require(self.init_lokr_norm >= 0, "init_lokr_norm", self.init_lokr_norm, "choose at least 0")
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "choose at least 0 and less than 1")
+        require(self.constraint >= 0, "constraint", self.constraint, "choose at least 0")
+        require(self.init_lokr_norm >= 0, "init_lokr_norm", self.init_lokr_norm, "choose at least 0")
         for name, algos in _ONLY_FOR.items():
             if getattr(self, name) and self.algo not in algos:
                 raise SettingError(
@@ -221,7 +217,7 @@ class LyCORISSettings:
                     f"{', '.join(algos)}."
                 )
         if self.algo == "dylora":
-            _require(
+            require(
                 self.block_size >= 1 and self.linear_dim % self.block_size == 0,
                 "linear_dim",
                 self.linear_dim,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..errors import SettingError
+from .checks import one_of, require
 
 SOURCE_TYPES = ("local", "csv", "huggingface", "aws", "memory")
 DATASET_TYPES = ("image", "eval", "conditioning")
@@ -20,16 +20,6 @@ BACKGROUNDS = ("white", "black", "grey")
 CAPTION_STRATEGIES = ("textfile", "filename", "instanceprompt", "csv", "parquet", "huggingface")
 SPLITS = ("comma", "space", "period")
 ON_BAD_IMAGE = ("skip", "stop")
-
-
-def require(holds: bool, name: str, value: object, remedy: str) -> None:
-    """Raises SettingError("<name> is <value>; <remedy>.") unless ``holds``."""
-    if not holds:
-        raise SettingError(f"{name} is {value!r}; {remedy}.")
-
-
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    require(value in choices, name, value, f"choose one of {', '.join(map(str, choices))}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,7 @@ class SourceSettings:
     aws_max_pool_connections: int = 128
 
     def __post_init__(self) -> None:
-        _one_of("type", self.type, SOURCE_TYPES)
+        one_of("type", self.type, SOURCE_TYPES)
         require(self.aws_max_pool_connections >= 1, "aws_max_pool_connections", self.aws_max_pool_connections, "≥ 1")
 
 
@@ -94,11 +84,11 @@ class GeometrySettings:
     alpha_background: str = "white"  # what shows through transparency
 
     def __post_init__(self) -> None:
-        _one_of("resolution_type", self.resolution_type, RESOLUTION_TYPES)
-        _one_of("aspect_bucket_alignment", self.aspect_bucket_alignment, ALIGNMENTS_PX)
-        _one_of("crop_aspect", self.crop_aspect, CROP_ASPECTS)
-        _one_of("crop_style", self.crop_style, CROP_STYLES)
-        _one_of("alpha_background", self.alpha_background, BACKGROUNDS)
+        one_of("resolution_type", self.resolution_type, RESOLUTION_TYPES)
+        one_of("aspect_bucket_alignment", self.aspect_bucket_alignment, ALIGNMENTS_PX)
+        one_of("crop_aspect", self.crop_aspect, CROP_ASPECTS)
+        one_of("crop_style", self.crop_style, CROP_STYLES)
+        one_of("alpha_background", self.alpha_background, BACKGROUNDS)
         largest = 20 if self.resolution_type == "area" else 16384
         unit = "megapixels" if self.resolution_type == "area" else "pixels"
         require(0 < self.resolution < largest, "resolution", self.resolution, f"choose {unit} below {largest}")
@@ -155,7 +145,7 @@ class CaptionShuffle:
     tag_dropout: float = 0.0  # the share of the other tags that each variant leaves out
 
     def __post_init__(self) -> None:
-        _one_of("caption_shuffle.split_on", self.split_on, SPLITS)
+        one_of("caption_shuffle.split_on", self.split_on, SPLITS)
         require(1 <= self.count <= 1000, "caption_shuffle.count", self.count, "choose 1 to 1000")
         require(self.position_start >= 0, "caption_shuffle.position_start", self.position_start, "choose 0 or more")
         require(0 <= self.tag_dropout < 1, "caption_shuffle.tag_dropout", self.tag_dropout, "choose 0 to below 1")
@@ -176,7 +166,7 @@ class CaptionSettings:
     caption_dropout_probability: float | None = None  # of this dataset; None: the training's own
 
     def __post_init__(self) -> None:
-        _one_of("caption_strategy", self.caption_strategy, CAPTION_STRATEGIES)
+        one_of("caption_strategy", self.caption_strategy, CAPTION_STRATEGIES)
         uses = self.only_instance_prompt or self.prepend_instance_prompt or self.caption_strategy == "instanceprompt"
         require(
             not uses or any(text.strip() for text in self.instance_prompt),
@@ -207,7 +197,7 @@ class MixSettings:
     conditioning_data: str = ""  # the id of the dataset that holds the masks
 
     def __post_init__(self) -> None:
-        _one_of("dataset_type", self.dataset_type, DATASET_TYPES)
+        one_of("dataset_type", self.dataset_type, DATASET_TYPES)
         require(0 <= self.repeats <= 1_000_000, "repeats", self.repeats, "choose 0 or more extra passes")
         require(self.probability >= 0, "probability", self.probability, "choose 0 or more")
         require(self.start_epoch >= 1, "start_epoch", self.start_epoch, "epochs count from 1")
@@ -244,7 +234,7 @@ class CacheSettings:
     on_bad_image: str = "skip"
 
     def __post_init__(self) -> None:
-        _one_of("on_bad_image", self.on_bad_image, ON_BAD_IMAGE)
+        one_of("on_bad_image", self.on_bad_image, ON_BAD_IMAGE)
         require(self.vae_batch_size >= 1, "vae_batch_size", self.vae_batch_size, "choose at least 1")
         require(self.write_batch_size >= 1, "write_batch_size", self.write_batch_size, "choose at least 1")
 

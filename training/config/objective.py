@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import SettingError
-from .dataset import require
+from .checks import one_of, require
 
 LOSS_TYPES = ("l2", "huber", "smooth_l1")
 HUBER_SCHEDULES = ("snr", "constant", "exponential")
@@ -15,10 +15,6 @@ TIMESTEPS_MODES = ("fixed-list", "round-robin")
 REGULARISATION_TARGETS = ("teacher", "pictures")
 STRATEGIES = ("uniform", "biased_early", "biased_late")
 RAMP_SHAPES = ("linear", "cosine")
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    require(value in choices, name, value, f"choose one of {', '.join(choices)}")
 
 
 def _as_floats(settings: Any) -> None:
@@ -62,7 +58,7 @@ class ScheduledSamplingSettings:
             require(holds, f"scheduled_sampling_{name}", getattr(self, name), remedy)
 
         for name, choices in (("strategy", STRATEGIES), ("ramp_shape", RAMP_SHAPES)):
-            _one_of(f"scheduled_sampling_{name}", getattr(self, name), choices)
+            one_of(f"scheduled_sampling_{name}", getattr(self, name), choices)
         for name in ("probability", "prob_start", "prob_end"):
             check(name, 0 <= getattr(self, name) <= 1, "choose 0 to 1")
         for name in ("ramp_steps", "start_step"):
@@ -119,10 +115,10 @@ class ObjectiveSettings:
         def check(name: str, holds: bool, remedy: str) -> None:
             require(holds, name, getattr(self, name), remedy)
 
-        _one_of("flow_timesteps_mode", self.flow_timesteps_mode, TIMESTEPS_MODES)
-        _one_of("loss_type", self.loss_type, LOSS_TYPES)
-        _one_of("huber_schedule", self.huber_schedule, HUBER_SCHEDULES)
-        _one_of("regularisation_target", self.regularisation_target, REGULARISATION_TARGETS)
+        one_of("flow_timesteps_mode", self.flow_timesteps_mode, TIMESTEPS_MODES)
+        one_of("loss_type", self.loss_type, LOSS_TYPES)
+        one_of("huber_schedule", self.huber_schedule, HUBER_SCHEDULES)
+        one_of("regularisation_target", self.regularisation_target, REGULARISATION_TARGETS)
         chosen = [
             name
             for name in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import SettingError
-from .settings import _require
+from .checks import one_of, require
 
 MIXED_PRECISION = ("auto", "bf16", "fp16", "no")
 BASE_PRECISION = ("no_change", "int8-torchao", "int8wo", "int4-torchao", "fp8-torchao", "nf4")
@@ -44,15 +44,15 @@ class PrecisionSettings:
             ("gradient_checkpointing_backend", CHECKPOINTING_BACKENDS),
         ):
             value = getattr(self, name)
-            _require(value in choices, name, repr(value), f"choose one of {', '.join(choices)}")
+            one_of(name, value, choices)
         interval, swapped = self.gradient_checkpointing_interval, self.musubi_blocks_to_swap
-        _require(interval >= 1, "gradient_checkpointing_interval", interval, "choose 1 for every block, or more")
-        _require(swapped >= 0, "musubi_blocks_to_swap", swapped, "choose 0 for none, or more")
+        require(interval >= 1, "gradient_checkpointing_interval", interval, "choose 1 for every block, or more")
+        require(swapped >= 0, "musubi_blocks_to_swap", swapped, "choose 0 for none, or more")
         if self.gradient_checkpointing is False:
             remedy = "it needs gradient_checkpointing: switch that on, or this off"
-            _require(interval == 1, "gradient_checkpointing_interval", interval, remedy)
-            _require(not self.gradient_checkpointing_selective, "gradient_checkpointing_selective", True, remedy)
-        _require(
+            require(interval == 1, "gradient_checkpointing_interval", interval, remedy)
+            require(not self.gradient_checkpointing_selective, "gradient_checkpointing_selective", True, remedy)
+        require(
             not (self.torch_compile and swapped),
             "musubi_blocks_to_swap",
             swapped,

@@ -1,4 +1,4 @@
-"""The settings of a LoRA training, checked when they are made; behind this nothing checks them again."""
+"""The settings of a training, checked when they are made; behind this nothing checks them again."""
 
 from __future__ import annotations
 
@@ -7,42 +7,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import SettingError
+from .adapter import AdapterSettings, FullSettings, LoRASettings
+from .checks import require
+from .objective import ObjectiveSettings
+from .optim import OptimizerSettings
+from .precision import PrecisionSettings
 
-TARGETS = ("attention", "attention+ff", "blocks", "all")
 RESUME = ("continue", "from checkpoint")
 _WINDOWS_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
-
-
-def _require(holds: bool, name: str, value: Any, remedy: str) -> None:
-    if not holds:
-        raise SettingError(f"{name} is {value}; {remedy}.")
-
-
-@dataclass(frozen=True)
-class LoRASettings:
-    """Size and place of the adapter.
-
-    Raises:
-        SettingError: a value is out of range.
-    """
-
-    rank: int = 16
-    alpha: float = 0.0  # 0: as large as the rank
-    dropout: float = 0.0
-    targets: str = "attention"
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "dropout"):
-            object.__setattr__(self, name, float(getattr(self, name)))  # 8 and 8.0 are the same setting
-        _require(self.rank >= 1, "rank", self.rank, "choose at least 1")
-        _require(self.alpha >= 0, "alpha", self.alpha, "choose a positive number, or 0 for the rank")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "choose at least 0 and less than 1")
-        _require(self.targets in TARGETS, "targets", self.targets, f"choose one of {', '.join(TARGETS)}")
-
-    @property
-    def scale(self) -> float:
-        """What ``B·A`` is multiplied with: alpha over rank."""
-        return (self.alpha or self.rank) / self.rank
 
 
 @dataclass(frozen=True)
@@ -50,36 +22,69 @@ class TrainSettings:
     """Everything that decides the weights beside model and data, and how long and how often to save.
 
     Raises:
-        SettingError: a value is out of range.
+        SettingError: a value is out of range, or two settings contradict each other.
     """
 
     steps: int = 1000
-    learning_rate: float = 1e-4
     batch_size: int = 1
     seed: int = 42
-    lora: LoRASettings = field(default_factory=LoRASettings)
-    caption_dropout: float = 0.1  # the share of samples whose caption is the empty text
+    adapter: AdapterSettings = field(default_factory=LoRASettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     data_backend_sampling: str = "auto-weighting"  # datasets are drawn by their sizes, or "uniform"
     disable_bucket_pruning: bool = True  # False leaves out sizes of which there are fewer pictures than a batch
-    weight_decay: float = 0.01
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
     checkpoint_step_interval: int = 500
     checkpoints_total_limit: int = 5
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "steps", self.steps, "choose at least 1")
-        _require(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "choose about 0.0001")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "choose at least 1")
-        _require(0 <= self.seed < 2**64, "seed", self.seed, "choose a number from 0 to 18446744073709551615")
+        require(self.steps >= 1, "steps", self.steps, "choose at least 1")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "choose at least 1")
+        require(0 <= self.seed < 2**64, "seed", self.seed, "choose a number from 0 to 18446744073709551615")
+        for name in ("checkpoint_step_interval", "checkpoints_total_limit"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "choose at least 1")
+        self.optimizer.check_run(self.steps, self.full_fine_tune)
+        if self.full_fine_tune:
+            self.precision.check_full_fine_tune()
+
+    @property
+    def full_fine_tune(self) -> bool:
+        return isinstance(self.adapter, FullSettings)
 
     def written(self) -> dict[str, Any]:
-        """Every setting by name, the adapter's as ``lora_…``: what ``run.json`` shows."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lora"}
-        return own | {f"lora_{f.name}": getattr(self.lora, f.name) for f in fields(self.lora)}
+        """Every setting by name, as text, number, truth value, list or mapping: what ``run.json`` shows.
+
+        Those of a LoRA begin with ``lora_``, of LyCORIS with ``lycoris_``, of a full fine-tune with ``full_``.
+        """
+        found: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name == "adapter":
+                kind = type(value).__name__.removesuffix("Settings").lower()
+                found |= _prefixed(f"{kind}_", value)
+            elif each.name in ("objective", "optimizer", "precision"):
+                found |= _prefixed("", value)
+            else:
+                found[each.name] = value
+        return found
 
 
-_NOT_IN_THE_WEIGHTS = {"steps", "checkpoint_step_interval", "checkpoints_total_limit"}
+def _prefixed(prefix: str, group: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for each in fields(group):
+        value = getattr(group, each.name)
+        name = each.name if each.name.startswith(prefix) else prefix + each.name
+        found |= _prefixed(f"{each.name}_", value) if each.name == "scheduled_sampling" else {name: value}
+    return found
+
+
+_NOT_IN_THE_WEIGHTS = {
+    "steps",
+    "checkpoint_step_interval",
+    "checkpoints_total_limit",
+    "ema_device",
+    *(f.name for f in fields(PrecisionSettings) if f.name not in ("mixed_precision", "base_model_precision")),
+}
 
 
 def deciding(settings: TrainSettings) -> dict[str, Any]:
@@ -87,9 +92,14 @@ def deciding(settings: TrainSettings) -> dict[str, Any]:
 
     Defaults are left out, so that a new option leaves the identity of old runs as it was.
     """
-    defaults = TrainSettings().written()
-    written = settings.written().items()
-    return {name: value for name, value in written if name not in _NOT_IN_THE_WEIGHTS and value != defaults[name]}
+    defaults = TrainSettings(adapter=type(settings.adapter)()).written()
+    changed = {
+        name: value
+        for name, value in settings.written().items()
+        if name not in _NOT_IN_THE_WEIGHTS and value != defaults[name]
+    }
+    kind = type(settings.adapter).__name__
+    return changed if kind == "LoRASettings" else {**changed, "adapter": kind}
 
 
 def check_run_name(name: str) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config.dataset import DatasetSettings
-from ..errors import DataError, SettingError
+from ..config.dataset import CaptionSettings, DatasetSettings, GeometrySettings
+from ..errors import DataError
 from .geometry import REASONS, Plan, draw_for, needs_draws, plan_crops
 from .index import Index, Progress, index_file, read_index, scan
 from .pictures import decode
@@ -44,9 +44,12 @@ class Report:
     dropped: tuple[tuple[str, int, tuple[str, ...]], ...]  # reason, pictures, the first names
     problems: tuple[str, ...]  # a sentence for each of the first pictures that cannot be used
     enlarged: int  # pictures smaller than what is trained on
+    masks: bool = False  # it holds the masks of another dataset
 
     def lines(self) -> list[str]:
         """The report for people."""
+        if self.masks:
+            return [f"{self.id}: {self.kept} masks", *(f"skipped: {sentence}" for sentence in self.problems)]
         sizes = ", ".join(f"{w}×{h}: {count}" for w, h, count in self.buckets[:12])
         more = f" and {len(self.buckets) - 12} more" if len(self.buckets) > 12 else ""
         lines = [f"{self.id}: {self.kept} of {self.pictures} pictures, {len(self.buckets)} sizes ({sizes}{more})"]
@@ -67,7 +70,7 @@ class Dataset:
 
     @property
     def pictures(self) -> int:
-        return sum(report.kept for report in self.reports)
+        return sum(report.kept for report in self.reports if not report.masks)
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -104,13 +107,9 @@ def load_dataset(
 
     Raises:
         DataError: the source cannot be read, or no picture is left.
-        SettingError: it asks for masks.
     """
-    if settings.mix.dataset_type == "conditioning" or settings.mix.conditioning_data:
-        raise SettingError(
-            f"Dataset {settings.id!r} is about masks (conditioning), which cannot be trained with yet. Take it and "
-            "conditioning_data out."
-        )
+    if settings.mix.dataset_type == "conditioning":  # masks are cut as their pictures are, and nothing is said of them
+        settings = replace(settings, geometry=GeometrySettings(), captions=CaptionSettings("instanceprompt", ("mask",)))
     spool = place / "images"
     source = source or open_source(settings, spool)
     file = index_file(place / "index", source, settings.captions)
@@ -226,6 +225,7 @@ def _describe(index: Index, settings: DatasetSettings, kept: np.ndarray, plan: P
         dropped=tuple(dropped),
         problems=_sentences(problems[:NAMED].to_pylist(), len(problems)),
         enlarged=int(enlarged.sum()),
+        masks=settings.mix.dataset_type == "conditioning",
     )
 
 

@@ -190,6 +190,28 @@ def load_transformer(
     return transformer.requires_grad_(False)
 
 
+def fill(module: nn.Module, files: TensorFiles, dtype: torch.dtype | None = torch.bfloat16, prefix: str = "") -> None:
+    """Give a module on the meta device its frozen weights, one after the other, from files that use its own names.
+
+    Its linear layers become ``Linear``, so that it computes in what it is given, whatever its weights are stored in.
+
+    Raises:
+        ModelError: a weight is missing or has another shape.
+    """
+    for name, layer in list(module.named_modules()):
+        if type(layer) is nn.Linear:
+            bias = layer.bias is not None
+            _set_module(module, name, Linear(layer.in_features, layer.out_features, bias, device="meta"))
+    for name, expected in module.state_dict().items():
+        if prefix + name not in files:
+            raise ModelError(f"The model lacks the weight {prefix + name!r}. Download it again.")
+        weight = files.read(prefix + name, dtype=dtype)
+        if weight.shape != expected.shape:
+            raise ModelError(f"The weight {name!r} is {tuple(weight.shape)} and should be {tuple(expected.shape)}.")
+        parent, _, own = name.rpartition(".")
+        setattr(module.get_submodule(parent), own, nn.Parameter(weight, requires_grad=False))
+
+
 def _set_module(root: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, own = name.rpartition(".")
     setattr(root.get_submodule(parent), own, module)

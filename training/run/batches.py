@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,19 +26,26 @@ from ..data.sampler import Draw, Pool, Sampler
 from ..data.sources import Source
 from ..data.sources.opening import open_source
 from ..errors import DataError, SettingError
-from ..objective.sigmas import auto_shift, logit_normal_sigmas, shift_sigmas
+from ..objective.draws import draw_sigmas, schedule_shift, stratify, stratum_order
+from ..objective.loss import chosen_masks, perturb, perturbation
+from ..objective.rollout import plan_rollout
 
 KEPT_BYTES = 2**30  # of cache entries, so that a small dataset is read from disk once
 
 
 @dataclass(frozen=True)
 class Batch:
+    """Samples with captions of one length are next to each other."""
+
     latents: Tensor  # (B, C, h, w) fp32, in the transformer's units
     noise: Tensor  # (B, C, h, w) fp32
     sigmas: Tensor  # (B,) fp32, 1 is noise
     captions: Tensor  # (B, tokens, width), padded on the right
     lengths: tuple[int, ...]  # tokens of each caption that count
     regularisation: bool = False  # the target is the base model's own prediction
+    seen_noise: Tensor | None = None  # what the network sees in place of ``noise``, where that is perturbed
+    masks: Tensor | None = None  # (B, 1, h, w) fp32 in [0, 1]: how much each place counts
+    levels: Tensor | None = None  # scheduled sampling: the levels that each sample passes; stays on the CPU
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -46,13 +54,9 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(
-            self,
-            latents=move(self.latents),
-            noise=move(self.noise),
-            sigmas=move(self.sigmas),
-            captions=move(self.captions),
-        )
+        names = ("latents", "noise", "sigmas", "captions", "seen_noise", "masks")
+        moved: dict[str, Any] = {name: move(getattr(self, name)) for name in names if getattr(self, name) is not None}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Examples:
     part: int
     keys: np.ndarray  # S40 of the latents; empty where they are encoded while training
     flipped: np.ndarray
+    masks: np.ndarray  # S40; empty where all of a picture counts
     captions: np.ndarray  # rows of the text cache
     shapes: np.ndarray  # (N, 3)
     repeats: np.ndarray
@@ -104,6 +109,7 @@ def join(latents: LatentCache, texts: TextCache) -> list[Examples]:
                 part=number,
                 keys=images.key[rows],
                 flipped=images.flipped[rows],
+                masks=images.mask[rows],
                 captions=captions[rows],
                 shapes=images.shape[rows],
                 repeats=images.repeats[rows],
@@ -174,29 +180,62 @@ class Batches:
     def make(self, step: int) -> Batch:
         draw = self.sampler.batch(step)
         examples, part = self._examples[draw.part], self._parts[draw.part]
-        dropout = self._settings.caption_dropout if part.caption_dropout is None else part.caption_dropout
-        noise, normal, captions, mirrored = [], [], [], []
+        settings, objective = self._settings, self._settings.objective
+        dropout = objective.caption_dropout_probability if part.caption_dropout is None else part.caption_dropout
+        optimizer_step = step // settings.optimizer.gradient_accumulation_steps
+        perturbed = perturbation(objective, optimizer_step)
+        size, first = len(draw.rows), step * len(draw.rows)
         shape = examples.shapes[draw.rows[0]].tolist()
+        noise, more, levels, captions, chances = [], [], [], [], []
         for place, row in enumerate(draw.rows.tolist()):
-            generator = _generator(self._settings.seed, step * len(draw.rows) + place)
+            generator = _generator(settings.seed, first + place)
             noise.append(torch.randn(shape, generator=generator))
-            normal.append(torch.randn((), generator=generator))
-            variant, dropped, flip = torch.rand(3, generator=generator).tolist()
-            mirrored.append(part.flips and flip < 0.5)
+            levels.append(torch.special.ndtr(torch.randn((), generator=generator).double()))
+            chance = torch.rand(6, generator=generator)
+            chances.append(chance)
+            if perturbed:
+                more.append(torch.randn(shape, generator=generator))
+            variant, dropped = chance[:2].tolist()
             variants = self._texts.variants(examples.captions[row])
             text = self._empty if dropped < dropout else variants[int(variant * len(variants))]
             captions.append(self._read(self._text_entries, -1, text))
+        _, _, flip, rolls, whence, masked = torch.stack(chances).unbind(1)
+        mirrored = [part.flips and chance < 0.5 for chance in flip.tolist()]
         clean = self._scale(self._latents(draw, mirrored).float())
-        sigmas = logit_normal_sigmas(torch.stack(normal))
+        uniform = torch.stack(levels)
+        if objective.flow_stratified:
+            uniform = stratify(uniform, stratum_order(settings.seed, step, size))
+        sigmas = draw_sigmas(uniform, objective, schedule_shift(objective, *clean.shape[2:]), first)
+        masks = self._masks(draw, mirrored)
+        noises = torch.stack(noise)
+        # Samples of one caption length are next to each other: they share their attention's call.
+        order = sorted(range(size), key=lambda place: len(captions[place]))
+        seen = perturb(noises, torch.stack(more), perturbed) if perturbed else None
         batch = Batch(
-            latents=clean,
-            noise=torch.stack(noise),
-            sigmas=shift_sigmas(sigmas, auto_shift(*clean.shape[2:])),
-            captions=nn.utils.rnn.pad_sequence(captions, batch_first=True),
-            lengths=tuple(len(caption) for caption in captions),
+            latents=clean[order],
+            noise=noises[order],
+            sigmas=sigmas[order],
+            captions=nn.utils.rnn.pad_sequence([captions[place] for place in order], batch_first=True),
+            lengths=tuple(len(captions[place]) for place in order),
             regularisation=part.mix.is_regularisation_data,
+            seen_noise=None if seen is None else seen[order],
+            masks=None if masks is None else chosen_masks(masks, masked, objective)[order],
+            levels=plan_rollout(
+                sigmas[order], rolls[order], whence[order], objective.scheduled_sampling, optimizer_step
+            ),
         )
         return batch.pinned() if torch.cuda.is_available() else batch
+
+    def _masks(self, draw: Draw, mirrored: list[bool]) -> Tensor | None:
+        """(B, 1, h, w) in [0, 1]; None where all of every picture counts."""
+        examples, entries = self._examples[draw.part], self._entries[draw.part]
+        keys = examples.masks[draw.rows].tolist()
+        if entries is None or not any(keys):
+            return None
+        everything = torch.full((1, *examples.shapes[draw.rows[0]].tolist()[1:]), 255, dtype=torch.uint8)
+        masks = [self._read(entries, draw.part, key.decode()) if key else everything for key in keys]
+        turned = [mask.flip(-1) if flip else mask for mask, flip in zip(masks, mirrored, strict=True)]
+        return torch.stack(turned).float().div_(255)
 
     def _latents(self, draw: Draw, mirrored: list[bool]) -> Tensor:
         examples, entries, online = self._examples[draw.part], self._entries[draw.part], self._online[draw.part]

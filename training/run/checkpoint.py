@@ -8,13 +8,16 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..adapter.lora import load_lora
 from ..errors import RunError
 from ..files import read_json, write_json, write_tensors
+from ..optim.state import load_optimizer_tensors, optimizer_tensors
+
+if TYPE_CHECKING:
+    from .loop import TrainState
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
@@ -36,52 +39,64 @@ class Checkpoint:
 def save_checkpoint(
     run_folder: Path,
     identity: str,
-    step: int,
-    weights: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    lora: Mapping[str, Tensor],
+    state: TrainState,
+    exported: Mapping[str, Tensor],
     metadata: Mapping[str, str],
 ) -> Checkpoint:
-    """Write ``checkpoint-<step>``: first beside its place, then moved there at once, so that it is never half."""
-    place = run_folder / f"checkpoint-{step}"
-    working = run_folder / f".checkpoint-{step}.tmp"
+    """Write ``checkpoint-<step>``: first beside its place, then moved there at once, so that it is never half.
+
+    Args:
+        exported: what is trained, as ComfyUI reads it.
+    """
+    place = run_folder / f"checkpoint-{state.step}"
+    working = run_folder / f".checkpoint-{state.step}.tmp"
     shutil.rmtree(working, ignore_errors=True)
-    state = {f"adapter.{name}": weight for name, weight in weights.items()}
-    for name, weight in weights.items():
-        state.update({f"{kind}.{name}": value for kind, value in optimizer.state[weight].items()})
-    write_tensors(working / "state.safetensors", state)
-    write_tensors(working / "lora.safetensors", lora, metadata)
-    write_json(working / "checkpoint.json", {"identity": identity, "step": step})
+    tensors: dict[str, Tensor] = {
+        f"adapter.{name}": weight for name, weight in {**state.adapter.weights, **state.adapter.frozen}.items()
+    }
+    kinds, scalars = optimizer_tensors(state.optimizer)
+    tensors |= {f"optimizer.{name}": value for name, value in kinds.items()}
+    if state.ema:
+        tensors |= {f"ema.{name}": value for name, value in state.ema.state().items()}
+    if state.loss_scale:
+        tensors |= {f"loss_scale.{name}": value for name, value in state.loss_scale.state().items()}
+    write_tensors(working / "state.safetensors", tensors)
+    write_tensors(working / "lora.safetensors", exported, metadata)
+    about = {"identity": identity, "step": state.step, "optimizer": scalars}
+    write_json(working / "checkpoint.json", about)
     shutil.rmtree(place, ignore_errors=True)
     os.replace(working, place)
-    return Checkpoint(place, identity, step)
+    return Checkpoint(place, identity, state.step)
 
 
-def load_checkpoint(
-    checkpoint: Checkpoint, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    """Put the weights and the optimiser's state back.
+def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
+    """Put everything back as it was when the checkpoint was written.
 
     Raises:
         ModelError: the checkpoint is of another adapter.
-        RunError: the checkpoint is damaged.
+        RunError: the checkpoint is damaged, or of another optimiser.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        state = load_file(checkpoint.path / "state.safetensors")
-    except (OSError, SafetensorError):
+        tensors = load_file(checkpoint.path / "state.safetensors")
+        scalars = read_json(checkpoint.path / "checkpoint.json").get("optimizer", {})
+    except (OSError, ValueError, SafetensorError):
         raise RunError(
             f"The checkpoint {checkpoint.path} is damaged. Delete it: the one before is taken then."
         ) from None
-    kinds: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        kind, _, name = key.partition(".")
-        kinds.setdefault(kind, {})[name] = value
-    load_lora(weights, kinds.pop("adapter"), str(checkpoint.path))
-    for name, weight in weights.items():
-        optimizer.state[weight] = {kind: values[name].to(weight.device) for kind, values in kinds.items()}
+    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "ema": {}, "loss_scale": {}}
+    for key, value in tensors.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = value
+    state.adapter.load(parts["adapter"], str(checkpoint.path))
+    load_optimizer_tensors(state.optimizer, parts["optimizer"], scalars)
+    if state.ema:
+        state.ema.load(parts["ema"] or {name: w.float() for name, w in state.adapter.weights.items()})
+    if state.loss_scale and parts["loss_scale"]:
+        state.loss_scale.load(parts["loss_scale"])
+    state.step = checkpoint.step
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:

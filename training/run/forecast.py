@@ -26,7 +26,8 @@ from ..model.quantise import Int4Linear, is_quantised
 from ..model.transformer import Lumina2Transformer
 
 GB = 10**9
-PROCESS = 470 * 10**6  # Python, torch and PEFT before a model is there: benchmarks/memory.py, case "process"
+PROCESS = 300 * 10**6  # Python and torch before a model is there: benchmarks/memory.py, case "process"
+ENCODING_PROCESS = 600 * 10**6  # with transformers and diffusers, and what one product needs
 CUDA_CONTEXT = 500 * 10**6  # not measured on CUDA: what nvidia-smi shows of a process that did nothing, typically
 CUDA_SLACK = 0.08  # not measured on CUDA: share of the activations that its allocator loses to fragmentation
 
@@ -45,7 +46,7 @@ _STATES: dict[str, Callable[[int], float]] = {
     "optimi-sgd": lambda size: size + (size if size == 2 else 0),
     "ao-adamw8bit": lambda size: 2 * (1 + 4 / 256),
     "ao-adamw4bit": lambda size: 2 * (0.5 + 4 / 128),
-    "ao-adamfp8": lambda size: 2 * (1 + 4 / 256),
+    "ao-adamwfp8": lambda size: 2 * (1 + 4 / 256),
     "prodigy": lambda size: 4 * size,
     "adamw_schedulefree": lambda size: 2 * size,
     "adafactor": lambda size: 0.01 * size,  # a number for each row and column
@@ -285,11 +286,12 @@ def forecast(
         arrived += own
     moments.append((fixed, 0 if fused_backward else measured.trained))
     activations, arrived = max(moments, key=sum)
+    notes: tuple[str, ...] = ()
     if on_gpu:
         base = CUDA_CONTEXT + int(CUDA_SLACK * activations)
         notes = ("CUDA's context and its allocator's losses are typical values, not measured on this device",)
     else:
-        base, notes = process, ()
+        base = process
     return Forecast(
         weights=weights + (measured.trained if measured.full else 0),
         adapter=0 if measured.full else measured.trained,
@@ -299,6 +301,11 @@ def forecast(
         base=base,
         notes=notes,
     )
+
+
+def startup_peak(text_encoder: int, vae: int, transformer: int) -> int:
+    """The peak of a process that encodes and goes on to train, with each model let go before the next is loaded."""
+    return ENCODING_PROCESS + max(text_encoder, vae, transformer)
 
 
 def savings(
@@ -365,10 +372,10 @@ def _is_swapped(name: str, layers: int, swapped: int) -> bool:
 
 def _kinds(stacks: list[list[nn.Module]]) -> list[list[tuple[object, ...]]]:
     """For each block what its memory depends on: what is trained inside, and whether something before it is."""
-    kinds = []
+    kinds: list[list[tuple[object, ...]]] = []
     before = False
     for stack in stacks:
-        own = []
+        own: list[tuple[object, ...]] = []
         for block in stack:
             inside = tuple((n, tuple(p.shape)) for n, p in block.named_parameters() if p.requires_grad)
             own.append((inside, before))
@@ -482,20 +489,20 @@ class _Gauge:
 @contextmanager
 def _without_memory(transformer: nn.Module, stored: torch.dtype, full: bool) -> Iterator[None]:
     """Weights that are fake tensors on the CPU, for a step; gradients of a full fine-tune go as they come."""
-    held = [(module._parameters, name, p) for module in transformer.modules() for name, p in module._parameters.items()]
-    for place, name, p in held:
-        if p is not None:
-            dtype = stored if full or not p.requires_grad else p.dtype
-            place[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype, device="cpu"), p.requires_grad)
-    buffers = [(module._buffers, name, b) for module in transformer.modules() for name, b in module._buffers.items()]
-    for place, name, buffer in buffers:
-        if buffer is not None:
-            place[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in transformer.modules():
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for place in places:
+            held += [(place, name, tensor) for name, tensor in place.items() if tensor is not None]
+    for place, name, tensor in held:
+        own = stored if isinstance(tensor, nn.Parameter) and (full or not tensor.requires_grad) else tensor.dtype
+        made = torch.empty(tensor.shape, dtype=own, device="cpu")
+        place[name] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
     try:
         yield
     finally:
-        for place, name, value in (*held, *buffers):
-            place[name] = value
+        for place, name, tensor in held:
+            place[name] = tensor
 
 
 def _in_a_thread(run: Callable[[], None]) -> None:

@@ -42,6 +42,8 @@ def _part_hash(examples: Examples, said: TextRows) -> str:
     digest = hashlib.sha256()
     for column in (examples.keys, examples.flipped, examples.repeats.astype("<i8"), examples.shapes.astype("<i8")):
         digest.update(np.ascontiguousarray(column).tobytes())
+    if (examples.masks != b"").any():
+        digest.update(np.ascontiguousarray(examples.masks).tobytes())
     for row in examples.captions.tolist():
         digest.update("".join(said.variants(row)).encode() + b"\0")
     return digest.hexdigest()

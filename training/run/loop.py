@@ -11,16 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..adapter.lora import without_lora
+from ..adapter.base import Adapter
 from ..config.settings import TrainSettings
 from ..errors import RunError
+from ..model.linear import release_scratch
+from ..model.precision import LossScale
 from ..model.transformer import Lumina2Transformer
-from ..objective.loss import add_noise, velocity, velocity_loss
-from .batches import Batches
+from ..objective.loss import batch_loss
+from ..objective.rollout import Predict
+from ..objective.step import training_losses
+from ..optim.averages import EMA
+from ..optim.backward import AnyOptimizer, OptimizerInBackward
+from ..optim.build import build_optimizer
+from ..optim.schedule import learning_rate_factor, set_learning_rate
+from ..optim.step import clip_gradients, step_optimizer
+from .batches import Batch, Batches
 
-CHECKPOINTING_FROM = 1_000_000_000  # parameters: smaller models' activations fit without it
 READ_LOSSES_EVERY = 10  # steps; each reading waits for the device once
 BAD_STEPS_IN_A_ROW = 5
 
@@ -29,20 +37,32 @@ BAD_STEPS_IN_A_ROW = 5
 class TrainState:
     """What a checkpoint holds."""
 
-    weights: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    step: int = 0  # steps done
+    adapter: Adapter
+    optimizer: AnyOptimizer
+    ema: EMA | None = None
+    loss_scale: LossScale | None = None  # fp16's
+    step: int = 0  # optimiser steps done
 
 
-def new_state(weights: dict[str, nn.Parameter], settings: TrainSettings) -> TrainState:
-    optimizer = torch.optim.AdamW(
-        list(weights.values()),
-        lr=settings.learning_rate,
-        betas=settings.adam_betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
+def new_state(adapter: Adapter, settings: TrainSettings, loss_scaling: bool = False) -> TrainState:
+    """Before the first step.
+
+    Raises:
+        SettingError: the optimiser's package is missing, or its arguments do not fit.
+    """
+    names = {id(weight): name for name, weight in adapter.weights.items()}
+    groups = [
+        {**group, "names": [names[id(weight)] for weight in group["params"]]}
+        for group in adapter.groups(settings.optimizer.learning_rate)
+    ]
+    build = OptimizerInBackward if settings.optimizer.fused_backward else build_optimizer
+    device = next(iter(adapter.weights.values())).device
+    return TrainState(
+        adapter=adapter,
+        optimizer=build(groups, settings.optimizer, settings.seed),
+        ema=EMA(adapter.weights, settings.optimizer) if settings.optimizer.use_ema else None,
+        loss_scale=LossScale(device) if loss_scaling else None,
     )
-    return TrainState(weights, optimizer)
 
 
 def train(
@@ -65,41 +85,83 @@ def train(
     Raises:
         RunError: several losses in a row are not finite.
     """
-    device = next(transformer.parameters()).device
-    transformer.checkpoint_every = int(sum(p.numel() for p in transformer.parameters()) > CHECKPOINTING_FROM)
-    weights = list(state.weights.values())
+    device = next(iter(state.adapter.weights.values())).device
+    accumulated = settings.optimizer.gradient_accumulation_steps
     transformer.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        while state.step < settings.steps:
-            before_step(state.step)
-            if settings.lora.dropout:
-                torch.manual_seed((settings.seed * 1_000_003 + state.step) % 2**63)
-            batch = batches.take(state.step).to(device)
-            noisy = add_noise(batch.latents, batch.noise, batch.sigmas)
-            seen = (noisy, 1 - batch.sigmas, batch.captions, batch.lengths)
-            if batch.regularisation:
-                target = _base_prediction(transformer, seen)
-            else:
-                target = velocity(batch.latents, batch.noise)
-            loss = velocity_loss(transformer(*seen), target).mean()
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(weights, settings.max_grad_norm, foreach=True)
-            # The fused optimiser leaves everything as it is where this is 1, without the host having to know.
-            state.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            state.step += 1
-            losses.add(state.step, loss.detach())
-            if state.step % settings.checkpoint_step_interval == 0 and state.step < settings.steps:
-                checkpoint(state)
-    losses.flush()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            while state.step < settings.steps:
+                before_step(state.step)
+                factor = learning_rate_factor(state.step, settings.steps, settings.optimizer)
+                set_learning_rate(state.optimizer, factor)
+                total = torch.zeros((), device=device)
+                for number in range(state.step * accumulated, (state.step + 1) * accumulated):
+                    if state.adapter.draws:
+                        torch.manual_seed((settings.seed * 1_000_003 + number) % 2**63)
+                    batch = batches.take(number).to(device)
+                    loss = loss_of(transformer, state.adapter, batch, settings) / accumulated
+                    (state.loss_scale.scale(loss) if state.loss_scale else loss).backward()
+                    total += loss.detach()
+                take_step(state, settings)
+                state.step += 1
+                if state.ema:
+                    state.ema.update(state.step)
+                losses.add(state.step, total, settings.optimizer.learning_rate * factor)
+                if state.step % settings.checkpoint_step_interval == 0 and state.step < settings.steps:
+                    checkpoint(state)
+        losses.flush()
+    finally:
+        release_scratch()
 
 
-@torch.no_grad()
-def _base_prediction(transformer: Lumina2Transformer, seen: tuple[Any, ...]) -> Tensor:
-    """The target of regularisation pictures: what the base model says of the same noisy latents."""
-    with without_lora(transformer):
-        return transformer(*seen)
+def loss_of(transformer: Lumina2Transformer, adapter: Adapter, batch: Batch, settings: TrainSettings) -> Tensor:
+    """The loss of a batch, with its gradient."""
+
+    def predict(x: Tensor, sigmas: Tensor, rows: list[int]) -> Tensor:
+        captions, lengths = batch.captions, batch.lengths
+        if len(rows) < len(lengths):
+            captions, lengths = captions[rows], tuple(lengths[row] for row in rows)
+        return transformer(x, 1 - sigmas, captions, lengths)
+
+    def predict_as_base(x: Tensor, sigmas: Tensor, rows: list[int]) -> Tensor:
+        with adapter.off():
+            return predict(x, sigmas, rows)
+
+    objective = settings.objective
+    teacher: Predict | None = predict_as_base if objective.regularisation_target == "teacher" else None
+    each = training_losses(
+        predict,
+        batch.latents,
+        batch.noise,
+        batch.sigmas,
+        objective,
+        seen_noise=batch.seen_noise,
+        levels=batch.levels,
+        mask=batch.masks,
+        teacher=teacher if batch.regularisation else None,
+    )
+    return batch_loss(each, objective.prior_loss_weight if batch.regularisation else 1.0)
+
+
+def take_step(state: TrainState, settings: TrainSettings) -> None:
+    """Change the weights by the gradients that are there, and free those."""
+    optimizer = state.optimizer
+    if isinstance(optimizer, OptimizerInBackward):  # they were changed as the gradients came
+        if not torch.isfinite(optimizer.take_norm()):
+            raise RunError(
+                "A gradient is not a number, and with fused_backward other weights have changed by then. The run ends "
+                "at its last checkpoint. Lower the learning rate, or switch fused_backward off."
+            )
+        return
+    weights = list(state.adapter.weights.values())
+    if state.loss_scale:
+        state.loss_scale.unscale([weight.grad for weight in weights if weight.grad is not None])
+    norm = clip_gradients(weights, settings.optimizer.max_grad_norm, settings.optimizer.grad_clip_method)
+    finite = torch.isfinite(norm)
+    step_optimizer(optimizer, finite)
+    if state.loss_scale:
+        state.loss_scale.update(finite)
+    optimizer.zero_grad()
 
 
 @dataclass
@@ -107,12 +169,11 @@ class Losses:
     """The loss of every step, in memory and in ``events.jsonl``; read from the device a few at a time."""
 
     file: Path
-    learning_rate: float
     values: list[float] = field(default_factory=list)
-    _pending: list[tuple[int, float, Tensor]] = field(default_factory=list)
+    _pending: list[tuple[int, float, float, Tensor]] = field(default_factory=list)
 
-    def add(self, step: int, loss: Tensor) -> None:
-        self._pending.append((step, time.time(), loss))
+    def add(self, step: int, loss: Tensor, learning_rate: float) -> None:
+        self._pending.append((step, time.time(), learning_rate, loss))
         if len(self._pending) >= READ_LOSSES_EVERY:
             self.flush()
 
@@ -133,15 +194,15 @@ class Losses:
     def save(self) -> None:
         if not self._pending:
             return
-        read = torch.stack([loss for _, _, loss in self._pending]).tolist()
+        read = torch.stack([loss for *_, loss in self._pending]).tolist()
         events = [
             {
                 "step": step,
                 "loss": loss if math.isfinite(loss) else None,
-                "lr": self.learning_rate,
+                "lr": rate,
                 "time": round(at, 3),
             }
-            for (step, at, _), loss in zip(self._pending, read, strict=True)
+            for (step, at, rate, _), loss in zip(self._pending, read, strict=True)
         ]
         self._pending.clear()
         self.values += read

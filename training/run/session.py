@@ -6,16 +6,20 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
-from ..adapter.files import check_lora, comfyui_lora, read_lora, write_lora
-from ..adapter.lora import add_lora
+from ..adapter.adapter import add_adapter
+from ..adapter.files import check_lora, read_lora, write_lora
 from ..cache.latents import Encode, LatentCache
 from ..cache.texts import TextCache
 from ..config.settings import RESUME, TrainSettings, check_run_name
 from ..errors import Lumina2Error, RunError, SettingError
 from ..model.fingerprint import transformer_fingerprint
+from ..model.precision import choose_computing
+from ..model.quantise import quantise
 from ..model.transformer import Lumina2Transformer
+from ..optim.averages import averaged
 from .batches import Batches
 from .checkpoint import (
     Checkpoint,
@@ -95,12 +99,11 @@ def train_lora(
         return Outcome(decision.run, lora, read_losses(events, decision.run.step), decision.message)
 
     with Batches(latents, texts, settings, scale_latents, encode) as batches:
-        weights = add_lora(transformer, settings.lora, settings.seed)
-        state = new_state(weights, settings)
+        state, said = _prepare(transformer, settings)
+        notes += said
         checkpoint = decision.checkpoint or start
         if checkpoint:
-            load_checkpoint(checkpoint, weights, state.optimizer)
-            state.step = checkpoint.step
+            load_checkpoint(checkpoint, state)
         run = Run(
             name=name,
             folder=decision.folder,
@@ -115,16 +118,20 @@ def train_lora(
             notes=tuple(notes),
         )
         store.save(run)
-        losses = Losses(events, settings.learning_rate, read_losses(events, state.step))
+        losses = Losses(events, read_losses(events, state.step))
         first = state.step
 
         def keep(state: TrainState, status: str = "running") -> Run:
             """A checkpoint, and the run's file that says so; at the end the LoRA too."""
-            lora, metadata = comfyui_lora(state.weights, settings.lora.scale), _metadata(run, settings, state.step)
-            save_checkpoint(store.path(run), identity, state.step, state.weights, state.optimizer, lora, metadata)
+            lora, metadata = _exported(state, run, settings)
+            save_checkpoint(store.path(run), identity, state, lora, metadata)
             remove_old_checkpoints(store.path(run), settings.checkpoints_total_limit)
             if status != "running":
                 write_lora(store.lora(run.folder), lora, modules, metadata)
+                if state.ema:
+                    with state.ema.in_place():
+                        averaged_lora, _ = state.adapter.export()
+                    write_lora(store.lora(f"{run.folder}-ema"), averaged_lora, modules, metadata)
             return store.save(replace(run, status=status, step=state.step))
 
         def before_step(done: int) -> None:
@@ -134,14 +141,40 @@ def train_lora(
             train(transformer, state, batches, settings, losses, before_step, keep)
         except BaseException as error:
             status = "failed" if isinstance(error, Lumina2Error) else "interrupted"
-            if state.step > first:
-                losses.save()
+            broken = settings.optimizer.fused_backward and isinstance(error, RunError)
+            losses.save()
+            if state.step > first and not broken:
                 keep(state, status)
             else:
                 store.save(replace(run, status=status))
             raise
         run = keep(state, "finished")
-    return Outcome(run, comfyui_lora(weights, settings.lora.scale), losses.values, "; ".join(notes))
+    lora, _ = _exported(state, run, settings)
+    return Outcome(run, lora, losses.values, "; ".join(notes))
+
+
+def _prepare(transformer: Lumina2Transformer, settings: TrainSettings) -> tuple[TrainState, list[str]]:
+    """The transformer made ready to be trained, in place, and what the user is told of it."""
+    precision = settings.precision
+    device = transformer.final_layer.linear.weight.device
+    computing = choose_computing(precision, device)
+    adapter = add_adapter(transformer, settings.adapter, settings.seed)
+    if precision.quantised:
+        via = torch.device("cpu") if precision.quantize_via == "cpu" else None
+        quantise(transformer, precision.base_model_precision, via)
+    transformer.compute_dtype = computing.dtype
+    transformer.checkpoint_every = precision.checkpoint_every(sum(p.numel() for p in transformer.parameters()))
+    transformer.checkpoint_selective = precision.gradient_checkpointing_selective
+    if precision.torch_compile:
+        transformer.compile_blocks()
+    return new_state(adapter, settings, computing.loss_scaling), [adapter.describe(), *computing.notes]
+
+
+def _exported(state: TrainState, run: Run, settings: TrainSettings) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What was trained as ComfyUI reads it, and what its file says of itself."""
+    with averaged(state.optimizer):
+        tensors, about = state.adapter.export()
+    return tensors, _metadata(run, settings, state.step) | about
 
 
 def _start(store: RunStore, request: Request, steps: int) -> Checkpoint | None:
@@ -191,17 +224,13 @@ def _trained_lora(
 
 def _metadata(run: Run, settings: TrainSettings, step: int) -> dict[str, str]:
     """What a LoRA file says of itself, in the field's own keys."""
-    lora = settings.lora
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "lumina-2/lora",
         "modelspec.title": run.folder,
         "modelspec.prediction_type": "flow",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(lora.rank),
-        "ss_network_alpha": str(lora.alpha or lora.rank),
         "ss_steps": str(step),
-        "ss_learning_rate": str(settings.learning_rate),
+        "ss_learning_rate": str(settings.optimizer.learning_rate),
         "ss_seed": str(settings.seed),
         "lumina2_trainer.settings": json.dumps(settings.written()),
         "lumina2_trainer.identity": run.identity,
