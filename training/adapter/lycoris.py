@@ -43,10 +43,14 @@ class LyCORISLinear(AdaptedLinear):
         return {f"{self.settings.algo}.{name}": weight for name, weight in self.lycoris.named_parameters()}
 
     def forward(self, x: Tensor) -> Tensor:
-        left_out = self.settings.module_dropout
-        if not self.on or (left_out and self.training and torch.rand(()) < left_out):
+        if not self.on:
             return self.base_layer(x)
-        return self.adapted(x)
+        if not self.settings.module_dropout or not self.training:
+            return self.adapted(x)
+        left_out = torch.rand(()) < self.settings.module_dropout
+        if torch.compiler.is_compiling():  # whose graph cannot go two ways
+            return torch.where(left_out.to(x.device), self.base_layer(x), self.adapted(x))
+        return self.base_layer(x) if left_out else self.adapted(x)
 
     def adapted(self, x: Tensor) -> Tensor:
         """The layer's output with the adapter in it."""
@@ -123,18 +127,22 @@ class DyLoRA(LyCORISLinear):
     The scale is alpha over the rank in use.
     """
 
-    def _factors(self, blocks: int) -> tuple[Tensor, Tensor]:
-        down, up, _ = self.lycoris.get_weight((blocks - 1) * self.settings.block_size)
-        alpha = self.settings.linear_alpha or self.settings.linear_dim
-        return down, up * (alpha / (blocks * self.settings.block_size) * self.multiplier)
+    def _factors(self, last: Tensor | int) -> tuple[Tensor, Tensor]:
+        """A and B up to a block; the blocks before it are constant. Shapes do not hang on it, for compilers."""
+        size, own = self.settings.block_size, self.lycoris
+        down, up = torch.cat(list(own.down_list)), torch.cat(list(own.up_list), 1)
+        block = torch.arange(len(down), device=down.device) // size
+        scale = (self.settings.linear_alpha or len(down)) * self.multiplier / ((last + 1) * size)
+        down = torch.where((block == last)[:, None], down, down.detach())
+        return down, torch.where(block == last, up, up.detach()) * (block <= last) * scale
 
     def adapted(self, x: Tensor) -> Tensor:
-        blocks = self.lycoris.block_count
-        down, up = self._factors(int(torch.randint(blocks, ())) + 1 if self.training else blocks)
+        count = len(self.lycoris.down_list)
+        down, up = self._factors(torch.randint(count, ()).to(x.device) if self.training else count - 1)
         return self.base_layer(x) + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
     def parts(self) -> dict[str, Tensor]:
-        down, up = self._factors(self.lycoris.block_count)
+        down, up = self._factors(len(self.lycoris.down_list) - 1)
         return {"lora_A.weight": down, "lora_B.weight": up}
 
 
