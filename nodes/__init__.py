@@ -7,7 +7,7 @@ from .dataset import Lumina2DatasetOptions, Lumina2LoadDataset, Lumina2LoadDatas
 from .given import Lumina2DatasetFromImages, Lumina2DatasetFromLatents, Lumina2SaveCaptions
 from .loader import Lumina2LoadDiffusers
 from .preview import Lumina2PreviewDataset
-from .settings import Lumina2LoRASettings
+from .settings import Lumina2LoRASettings, Lumina2LyCORISSettings, Lumina2TrainingSettings
 from .train import TrainLumina2LoRA
 from .validate import Lumina2ValidateSample
 
@@ -26,6 +26,8 @@ class Lumina2Extension(ComfyExtension):
             Lumina2CacheLatents,
             Lumina2CacheTextEmbeds,
             Lumina2LoRASettings,
+            Lumina2LyCORISSettings,
+            Lumina2TrainingSettings,
             TrainLumina2LoRA,
             Lumina2ValidateSample,
         ]

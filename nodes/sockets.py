@@ -7,5 +7,6 @@ DatasetOptionsSocket = io.Custom("LUMINA2_DATASET_OPTIONS")
 LatentsSocket = io.Custom("LUMINA2_LATENTS")
 EmbedsSocket = io.Custom("LUMINA2_EMBEDS")
 AdapterSocket = io.Custom("LUMINA2_ADAPTER")
+ConfigSocket = io.Custom("LUMINA2_CONFIG")
 LoraModelSocket = io.Custom("LORA_MODEL")  # ComfyUI's own
 LossMapSocket = io.Custom("LOSS_MAP")  # ComfyUI's own

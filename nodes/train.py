@@ -12,13 +12,13 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..training.cache.latents import LatentCache
 from ..training.cache.texts import TextCache
-from ..training.config.adapter import LoRASettings
+from ..training.config.adapter import AdapterSettings, LoRASettings
 from ..training.config.optim import OptimizerSettings
-from ..training.config.settings import RESUME, TrainSettings
+from ..training.config.settings import RESUME, Config, TrainSettings, with_values
 from ..training.run.session import Outcome, Request, Watcher, train_lora
 from . import places
 from .progress import Progress, duration
-from .sockets import AdapterSocket, EmbedsSocket, LatentsSocket, LoraModelSocket, LossMapSocket
+from .sockets import AdapterSocket, ConfigSocket, EmbedsSocket, LatentsSocket, LoraModelSocket, LossMapSocket
 
 SAMPLES, SAMPLE_STEPS, SAMPLE_GUIDANCE = 2, 20, 4.0
 
@@ -52,10 +52,10 @@ class TrainLumina2LoRA(io.ComfyNode):
                     "learning_rate",
                     default=1e-4,
                     min=1e-7,
-                    max=0.1,
+                    max=1.0,
                     step=1e-6,
                     round=1e-9,
-                    tooltip="0.0001 is a good start, 0.00005 the gentler side.",
+                    tooltip="0.0001 is a good start, 0.00005 the gentler side; 1 for prodigy.",
                 ),
                 io.Int.Input(
                     "rank",
@@ -104,6 +104,9 @@ class TrainLumina2LoRA(io.ComfyNode):
                 ),
                 AdapterSocket.Input("adapter", optional=True, tooltip="LoRA Settings; they win over the rank above."),
                 io.Vae.Input("vae", optional=True, tooltip="Draws samples of the first two captions at the end."),
+                ConfigSocket.Input(
+                    "config", optional=True, tooltip="Training Settings; what they set wins over the widgets here."
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -136,8 +139,9 @@ class TrainLumina2LoRA(io.ComfyNode):
         checkpoint: str = "",
         continue_token: int = 0,
         attempt: int = 0,
-        adapter: LoRASettings | None = None,
+        adapter: AdapterSettings | None = None,
         vae: Any = None,
+        config: Config | None = None,
     ) -> io.NodeOutput:
         from .bridge import trainable_transformer, training
         from .draw import with_lora
@@ -149,7 +153,8 @@ class TrainLumina2LoRA(io.ComfyNode):
             adapter=adapter or LoRASettings(rank),
             optimizer=OptimizerSettings(learning_rate=learning_rate),
         )
-        progress = Progress(cls.hidden.unique_id, steps)
+        settings = with_values(settings, config.values if config else {})
+        progress = Progress(cls.hidden.unique_id, settings.steps)
         progress.say("loading the model")
         transformer = trainable_transformer(model)
         with training():
@@ -161,7 +166,7 @@ class TrainLumina2LoRA(io.ComfyNode):
                 Request(run_name, resume, checkpoint, continue_token, attempt),
                 places.runs(),
                 model.model.process_latent_in,
-                _watcher(progress, steps),
+                _watcher(progress, settings.steps),
                 vae.encode if vae is not None else None,
             )
         trained = with_lora(model, outcome.lora, 1.0)

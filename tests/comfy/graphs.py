@@ -2,6 +2,9 @@
 
 import json
 
+import numpy as np
+from PIL import Image
+
 
 def workflow(run_name="style", steps=12, learning_rate=1e-3, seed=42, folder="bundled: nano-style", **train):
     """Nano model → dataset → caches → training, as in the template."""
@@ -93,3 +96,9 @@ def sampled(name, model, prompt="red apple"):
 
 def run_json(server, folder):
     return json.loads((server.base / "output" / "lumina2" / folder / "run.json").read_text())
+
+
+def pictures(server, name):
+    """What was saved under a name, in order."""
+    files = sorted((server.base / "output").glob(f"{name}_*.png"))
+    return [np.asarray(Image.open(file).convert("RGB"), dtype=float) for file in files]

@@ -22,6 +22,8 @@ NODES = {
     "Lumina2CacheLatents": "Cache Latents",
     "Lumina2CacheTextEmbeds": "Cache Text Embeds",
     "Lumina2LoRASettings": "LoRA Settings",
+    "Lumina2LyCORISSettings": "LyCORIS Settings",
+    "Lumina2TrainingSettings": "Training Settings",
     "TrainLumina2LoRA": "Train Lumina2 LoRA",
     "Lumina2ValidateSample": "Validate Sample",
 }

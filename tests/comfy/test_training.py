@@ -6,14 +6,9 @@ import time
 import numpy as np
 import pytest
 from comfy_server import ServerError
-from graphs import run_json, sampled, workflow
+from graphs import pictures, run_json, sampled, workflow
 from PIL import Image
 from safetensors.torch import load_file
-
-
-def pictures(server, name):
-    files = sorted((server.base / "output").glob(f"{name}_*.png"))
-    return [np.asarray(Image.open(file).convert("RGB"), dtype=float) for file in files]
 
 
 def lora(server, folder):

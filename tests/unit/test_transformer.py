@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from training.adapter.adapter import add_adapter
+from training.config.adapter import LoRASettings
 from training.model import fused
 from training.model.config import TransformerConfig
 from training.model.linear import Linear, lora_linear
@@ -74,6 +76,23 @@ def test_checkpointed_gradients_are_the_plain_ones(lengths, every, selective):
     model.checkpoint_every, model.checkpoint_selective = every, selective
     again = gradients(model, ["attention"], seen)
     assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_a_lora_learns_the_same_with_checkpointing(selective):
+    found = []
+    for every in (0, 1):
+        torch.manual_seed(0)
+        model, seen = transformer(), inputs((5, 3))
+        adapter = add_adapter(model, LoRASettings(4, targets="blocks"), 0)
+        with torch.no_grad():
+            for weight in adapter.weights.values():
+                weight.normal_(0, 0.1)
+        model.checkpoint_every, model.checkpoint_selective = every, selective
+        model(*seen).square().mean().backward()
+        found.append({name: weight.grad for name, weight in adapter.weights.items()})
+    plain, again = found
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from ..errors import SettingError
@@ -56,25 +58,65 @@ class TrainSettings:
 
         Those of a LoRA begin with ``lora_``, of LyCORIS with ``lycoris_``, of a full fine-tune with ``full_``.
         """
-        found: dict[str, Any] = {}
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name == "adapter":
-                kind = type(value).__name__.removesuffix("Settings").lower()
-                found |= _prefixed(f"{kind}_", value)
-            elif each.name in ("objective", "optimizer", "precision"):
-                found |= _prefixed("", value)
-            else:
-                found[each.name] = value
-        return found
+        return _written(self, "")
 
 
-def _prefixed(prefix: str, group: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Config:
+    """Settings that were chosen, by the names of ``TrainSettings.written``: what a LUMINA2_CONFIG carries."""
+
+    values: Mapping[str, Any]
+
+    def check(self) -> None:
+        """Raises SettingError where a value is not possible in any run."""
+        with_values(TrainSettings(steps=2**31, optimizer=OptimizerSettings(learning_rate=0.1)), self.values)
+
+
+def with_values(settings: TrainSettings, values: Mapping[str, Any]) -> TrainSettings:
+    """Settings with other values, by the names of ``TrainSettings.written``.
+
+    Raises:
+        SettingError: a name is unknown, or a value is not possible.
+    """
+    known = settings.written()
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"do you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}."
+            raise SettingError(f"There is no setting {name!r}; {hint}")
+    return _with(settings, "", {**known, **values})
+
+
+def _with(group: Any, prefix: str, values: Mapping[str, Any]) -> Any:
+    changed: dict[str, Any] = {}
+    for each in fields(group):
+        value = getattr(group, each.name)
+        if is_dataclass(value):
+            changed[each.name] = _with(value, _prefix(each.name, value), values)
+        else:
+            changed[each.name] = values[_name(prefix, each.name)]
+    return replace(group, **changed)
+
+
+def _prefix(name: str, group: Any) -> str:
+    """What the names of a group's settings begin with."""
+    if name == "adapter":
+        return f"{type(group).__name__.removesuffix('Settings').lower()}_"
+    return "scheduled_sampling_" if name == "scheduled_sampling" else ""
+
+
+def _name(prefix: str, name: str) -> str:
+    return name if name.startswith(prefix) else prefix + name
+
+
+def _written(group: Any, prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for each in fields(group):
         value = getattr(group, each.name)
-        name = each.name if each.name.startswith(prefix) else prefix + each.name
-        found |= _prefixed(f"{each.name}_", value) if each.name == "scheduled_sampling" else {name: value}
+        if is_dataclass(value):
+            found |= _written(value, _prefix(each.name, value))
+        else:
+            found[_name(prefix, each.name)] = value
     return found
 
 

@@ -61,7 +61,7 @@ class Linear(nn.Linear):
 
 
 def lora_linear(x: Tensor, base: Linear, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`` of a frozen layer, the second product added in the memory of the first.
+    """``x Wᵀ + bias + scale · (x Aᵀ) Bᵀ`` of a frozen layer, in one function that keeps only its inputs.
 
     Args:
         x: (N, in).
@@ -106,7 +106,8 @@ class _LoRALinear(torch.autograd.Function):
         inner = x @ a.to(x.dtype).T
         ctx.save_for_backward(x, inner, a, b)
         ctx.read, ctx.scale = read, scale
-        return F.linear(x, read(x.dtype), bias).addmm_(inner, b.to(x.dtype).T, alpha=scale)
+        # Not in place: selective checkpointing keeps the first product as it was.
+        return torch.addmm(F.linear(x, read(x.dtype), bias), inner, b.to(x.dtype).T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..cache.latents import LatentCache, LatentPart
 from ..cache.texts import TextCache, TextRows
 from ..config.dataset import MixSettings
 from ..config.settings import TrainSettings, deciding
+from ..errors import SettingError
 from .batches import Examples, join
 from .checkpoint import Checkpoint, newest_checkpoint
 from .folder import Run, RunStore
@@ -65,15 +67,29 @@ def run_identity(
         model: the MODEL's fingerprint.
         start: the checkpoint that training starts from, where it is not the base model.
     """
+    decided = deciding(settings)
+    if decided.get("lora_init_lora"):  # what it holds, wherever it lies
+        decided["lora_init_lora"] = _file_hash(Path(decided["lora_init_lora"]))
     decides = {
         "version": IDENTITY_VERSION,
-        "settings": deciding(settings),
+        "settings": decided,
         "data": list(data),
         "model": model,
         "attempt": attempt,
         "start": [start.identity, start.step] if start else None,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+            return digest.hexdigest()
+    except OSError as error:
+        raise SettingError(f"init_lora is {path}, which cannot be read ({error}). Choose a LoRA file.") from None
 
 
 @dataclass(frozen=True)
