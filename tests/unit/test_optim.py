@@ -30,7 +30,7 @@ ARGUMENTS = {
     "optimi-sgd": "momentum=0.9",
     "optimi-ranger": "k=3",  # looks ahead at steps 3, 6 and 9
     "torch-adamw": "amsgrad=true",
-    "prodigy": "use_bias_correction=true,d0=1e-3",
+    "prodigy": "d0=1e-4",  # which it raises from step 3 on
 }
 
 
@@ -125,6 +125,24 @@ def test_another_optimizer_or_other_weights_are_refused(tmp_path):
     other = build_optimizer(groups(fewer, settings("adamw_bf16")), settings("adamw_bf16"), seed=0)
     with pytest.raises(RunError, match=r"not trained here, such as layer\.weight"):
         load_optimizer_tensors(other, *saved)
+
+
+def test_states_on_the_host_stay_there_and_others_go_to_the_weights():
+    def optimizer():
+        weight = nn.Parameter(torch.ones(3, device="meta"))
+        return build_optimizer(
+            groups({"weight": weight}, settings("adamw_bf16")), settings("adamw_bf16"), seed=0
+        ), weight
+
+    before, weight = optimizer()
+    before.state[weight] = {"step": torch.tensor(2.0), "exp_avg": torch.ones(3, device="meta")}
+    tensors, scalars = optimizer_tensors(before)
+    after, weight = optimizer()
+    load_optimizer_tensors(after, {key: torch.zeros(value.shape) for key, value in tensors.items()}, scalars)
+    assert {kind: value.device.type for kind, value in after.state[weight].items()} == {
+        "step": "cpu",
+        "exp_avg": "meta",
+    }
 
 
 @pytest.mark.parametrize(("name", "dtype"), KINDS)

@@ -5,7 +5,6 @@ So a full fine-tune never holds the gradients of more than one tensor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,7 +73,7 @@ class OptimizerInBackward:
                 gradient.clamp_(-self.largest, self.largest)
             if self.narrows:
                 narrower = (self.largest / update_rms(gradient, optimizer)).clamp(max=1)
-                group["lr"] = rate * narrower.nan_to_num(1)  # no step is taken then; 0 · nan would still be one
+                group["lr"] = rate * narrower.nan_to_num(1)  # where no step is taken, and 0 · nan would be one
             step_optimizer(optimizer, torch.isfinite(squared))
             group["lr"], weight.grad = rate, None
 
@@ -103,5 +102,5 @@ def update_rms(gradient: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     beta = group["betas"][1]
     squared = gradient.float().square()
     moment = torch.lerp(state["exp_avg_sq"].float(), squared, 1 - beta)
-    correction = -torch.expm1((state["step"] + 1) * math.log(beta))
-    return (squared / (moment / correction).clamp_min(group["eps"] ** 2)).mean().sqrt()
+    debiased = moment / (1 - beta ** (state["step"] + 1))
+    return (squared / debiased.clamp_min(group["eps"] ** 2)).mean().sqrt()
