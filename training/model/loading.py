@@ -190,6 +190,24 @@ def load_transformer(
     return transformer.requires_grad_(False)
 
 
+def return_freed_memory() -> bool:
+    """Let glibc give every block above 1 MB back to the system when it is freed, in this whole process.
+
+    By default it learns to keep blocks of up to 32 MB and cuts its heap into holes: a step at the real width held
+    0.3 GB of them. Training on a CPU calls this first; elsewhere nothing is known to do.
+
+    Returns:
+        Whether the C library knows the setting.
+    """
+    import ctypes
+
+    threshold_of_mmap = -3  # M_MMAP_THRESHOLD of malloc.h
+    try:
+        return bool(ctypes.CDLL("libc.so.6").mallopt(threshold_of_mmap, 2**20))
+    except (OSError, AttributeError):
+        return False
+
+
 def fill(module: nn.Module, files: TensorFiles, dtype: torch.dtype | None = torch.bfloat16, prefix: str = "") -> None:
     """Give a module on the meta device its frozen weights, one after the other, from files that use its own names.
 

@@ -82,7 +82,7 @@ def estimate(options: argparse.Namespace) -> dict[str, Any]:
         Shape(options.batch_size, side, side, options.tokens),
         lambda transformer: add_adapter(transformer, adapter, 0),
         computed=_computed(options.mixed_precision, options.device),
-        selective=options.gradient_checkpointing_selective,
+        ways=("none", "full", *(("selective",) if options.gradient_checkpointing_selective else ())),
     )
     choice = (precision, options.optimizer, options.fused_backward, options.device)
     found = forecast(measured, *choice)

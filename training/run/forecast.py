@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -97,7 +97,7 @@ class Measured:
     largest_trained: int  # elements
     frozen: Mapping[str, tuple[int, ...]]  # shapes of the weights that stay as they are
     gradients: tuple[tuple[int, ...], ...]  # bytes of each block's gradients, by stack
-    passes: Mapping[str, Pass]  # "none", "full" and "selective"
+    passes: Mapping[str, Pass]  # by the way of checkpointing
     full: bool  # the model's own weights are trained
 
 
@@ -187,7 +187,7 @@ def measure(
     adapt: Callable[[Lumina2Transformer], object],
     stored: torch.dtype = torch.bfloat16,
     computed: torch.dtype = torch.bfloat16,
-    selective: bool = False,
+    ways: Sequence[str] = ("none", "full"),
 ) -> Measured:
     """What a step of this model on this batch needs.
 
@@ -195,7 +195,7 @@ def measure(
         adapt: puts into a frozen transformer on the meta device what will be trained, as the run will: an adapter, or
             ``requires_grad_(True)``.
         stored, computed: the dtypes of frozen weights and of products.
-        selective: selective checkpointing is measured, too.
+        ways: of checkpointing that will be asked about: "none", "full", "selective".
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -220,7 +220,7 @@ def measure(
 
     def run() -> None:  # in a thread of its own, whose scratch memory is not that of a training
         with FakeTensorMode():
-            for way in ("none", "full", "selective") if selective else ("none", "full"):
+            for way in ways:
                 found[way] = _pass(transformer, shape, kinds, way, stored, computed, full)
 
     _in_a_thread(run)
@@ -265,23 +265,23 @@ def forecast(
     weights = weight_bytes(here, precision.base_model_precision, measured.stored)
     states = measured.trained / measured.trained_bytes * state_bytes(optimizer, measured.trained_bytes)
 
-    again = measured.passes["selective" if precision.gradient_checkpointing_selective else "full"]
-    plain = measured.passes["none"]
+    ways = ways_of(precision, every)
+    again, plain = measured.passes[ways[0]], measured.passes[ways[-1]]
     offloaded = on_gpu and precision.gradient_checkpointing_backend == "unsloth"
     costs, gradients = [], []
     for stack in range(len(STACKS)):
         for number, own in enumerate(measured.gradients[stack]):
-            cost = (again if every and number % every == 0 else plain).costs[stack][number]
+            cost = (plain if every and number % every else again).costs[stack][number]
             costs.append(replace(cost, kept=0, work=cost.work + cost.kept) if offloaded else cost)
             gradients.append(0 if fused_backward else own)
-    fixed = (again if every else plain).fixed
+    fixed = again.fixed
     if measured.computed == measured.stored and (precision.quantised or swapped):  # one weight is read at a time
         largest = max((torch.Size(dims).numel() for dims in measured.frozen.values()), default=0)
         fixed += largest * measured.computed.itemsize
     step = measured.largest_trained * STEP_WORK if fused_backward else 0
 
     kept = sum(cost.kept for cost in costs)
-    moments = [(fixed + kept + (again if every else plain).head, 0)]
+    moments = [(fixed + kept + again.head, 0)]
     arrived = 0
     for cost, own in zip(reversed(costs), reversed(gradients), strict=True):
         moments.append((fixed + kept + max(cost.work, step), arrived))
@@ -304,6 +304,12 @@ def forecast(
         base=base,
         notes=notes,
     )
+
+
+def ways_of(precision: PrecisionSettings, every: int) -> list[str]:
+    """How blocks are run where every n-th is checkpointed: the checkpointed ones first."""
+    again = ["selective" if precision.gradient_checkpointing_selective else "full"] if every else []
+    return again + (["none"] if every != 1 else [])
 
 
 def startup_peak(text_encoder: int, vae: int, transformer: int) -> int:
