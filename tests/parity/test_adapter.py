@@ -14,6 +14,7 @@ from training.config.adapter import ALGOS, FullSettings, LoRASettings, LyCORISSe
 from training.errors import ModelError, SettingError
 from training.model.config import TransformerConfig
 from training.model.linear import Linear
+from training.model.quantise import quantise
 from training.model.transformer import Lumina2Transformer
 
 CONFIG = TransformerConfig(
@@ -153,6 +154,40 @@ def test_lycoris_starts_as_the_base_turns_off_and_learns_everywhere(settings):
     other.load({**saved, **adapter.frozen}, "x")
     with torch.no_grad():
         assert torch.equal(again(*seen), trained)
+
+
+@pytest.mark.parametrize("stored", ["bf16", "int8"])
+@pytest.mark.parametrize(
+    "settings", [*LORAS.values(), *LYCORIS.values()], ids=[*LORAS, *(f"lycoris {n}" for n in LYCORIS)]
+)
+def test_the_base_may_be_stored_smaller_than_it_computes(settings, stored):
+    model, whole = transformer(), transformer()
+    if stored == "bf16":
+        model, whole = model.bfloat16(), whole.bfloat16().float()  # fp32 is what this CPU computes in
+        model.compute_dtype = torch.float32
+    adapter, expected = (changed(add_adapter(m, settings, 0), 0.05) for m in (model, whole))
+    expected.load({**adapter.weights, **adapter.frozen}, "x")
+    if stored == "int8":
+        assert quantise(model, "int8-torchao")
+    out, wanted = model(*inputs()), whole(*inputs())
+    assert (out - wanted).abs().max() < (1e-5 if stored == "bf16" else 0.2) * wanted.abs().max()
+    model.train()
+    for _ in range(12 if adapter.draws else 1):
+        model(*inputs()).square().mean().backward()
+    assert [name for name, weight in adapter.weights.items() if not weight.grad.abs().max() > 0] == []
+    assert all(torch.isfinite(tensor).all() for tensor in adapter.export()[0].values())
+
+
+def test_dylora_of_full_rank_is_a_lora_of_alpha_over_rank():
+    adapter = changed(add_adapter(transformer(), lycoris("dylora", block_size=2, multiplier=0.5), 0))
+    name = "layers.0.attention.qkv"
+    down, up = (
+        torch.cat([adapter.weights[f"{name}.dylora.{half}_list.{n}"] for n in range(3)], dim)
+        for half, dim in (("down", 0), ("up", 1))
+    )
+    weight, _ = in_engine(adapter.layers[name])
+    added = 0.5 * 2.5 / 6 * up @ down
+    assert torch.allclose(weight - adapter.layers[name].base_layer.weight, added, atol=1e-5)
 
 
 def test_lycoris_draws_from_the_seed_and_from_torch_alone():

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from training.adapter.adapter import add_adapter
 from training.adapter.base import AdaptedLinear
 from training.adapter.files import check_lora
-from training.adapter.targets import linear_layers, target_modules
+from training.adapter.targets import linear_layers, lycoris_targets, target_modules
 from training.config.adapter import FullSettings, LoRASettings, LyCORISSettings, lycoris_from_json
 from training.errors import ModelError, SettingError
 from training.model.config import TransformerConfig
@@ -155,6 +155,23 @@ def test_the_file_holds_one_product_with_the_scale_in_it(name, rank):
         assert b[:36, 4:].abs().max() == b[36:48, 8:].abs().max() == b[48:, :8].abs().max() == 0
 
 
+@pytest.mark.parametrize("name", ["fused", "pissa", "olora, split"])
+def test_what_is_added_is_the_product_less_the_one_it_started_from(name):
+    settings = LORAS[name]
+    adapter = changed(add_adapter(transformer(), settings, seed=0))
+    own, start = adapter.weights, adapter.frozen
+    for module in ("layers.0.attention.out", "layers.1.attention.qkv"):
+        parts = ("q.", "k.", "v.") if settings.qkv == "split" and module.endswith("qkv") else ("",)
+        expected = []
+        for part in parts:
+            place = f"{module}.{part}lora_"
+            product = own[f"{place}B.weight"] @ own[f"{place}A.weight"]
+            if start:
+                product = product - start[f"{place}B0.weight"] @ start[f"{place}A0.weight"]
+            expected.append(settings.scale * product)
+        assert torch.allclose(added(adapter.layers[module]), torch.cat(expected), atol=1e-5)
+
+
 def test_the_file_of_a_dora_keeps_its_lengths():
     adapter = changed(add_adapter(transformer(), LORAS["dora"], seed=0))
     tensors, metadata = adapter.export()
@@ -180,6 +197,7 @@ def test_pissa_and_olora_hold_directions_of_the_base():
     a, b = (adapter.frozen[f"layers.0.attention.out.lora_{half}0.weight"] for half in "AB")
     assert torch.allclose(b.T @ b, torch.eye(4), atol=1e-5)
     assert torch.allclose(b.T @ weight, a, atol=1e-5)
+    assert torch.allclose((b @ a)[:, :4], weight[:, :4], atol=1e-5)  # Q begins with the first columns
     with pytest.raises(SettingError, match="whose parts have 12"):
         add_adapter(transformer(), LoRASettings(16, init="pissa", qkv="split"), 0)
 
@@ -355,6 +373,19 @@ def test_lycoris_configurations_are_read_as_they_are_written():
     assert lycoris_from_json({}).algo == "lora"
     override = settings.with_options({"algo": "loha", "dim": 4})
     assert (override.linear_dim, override.linear_alpha, override.full_matrix) == (4, 0.5, False)
+
+
+def test_the_innermost_class_with_options_decides():
+    preset = {
+        "target_module": ["Block"],
+        "module_algo_map": {"Block": {"factor": 8}, "Attention": {"factor": 4}},
+        "name_algo_map": {r"layers\.2\.attention\.out": {"algo": "loha", "dim": 2}},
+    }
+    chosen = lycoris_targets(transformer(), LyCORISSettings(algo="lokr", factor=2, apply_preset=preset))
+    assert len(chosen) == 5 * 5 + 4
+    assert chosen["layers.2.attention.qkv"].factor == 4
+    assert chosen["layers.2.feed_forward.w1"].factor == 8
+    assert (chosen["layers.2.attention.out"].algo, chosen["layers.2.attention.out"].linear_dim) == ("loha", 2)
 
 
 # A file to start from
