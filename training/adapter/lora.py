@@ -20,7 +20,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from ..config.adapter import LoRASettings
 from ..errors import SettingError
 from ..model.linear import Linear, lora_linear
 from ..model.transformer import Lumina2Transformer
-from .base import AdaptedLinear, LayerAdapter, dense_weight, load_weights, put_layer, switched_off, with_gain
+from .base import AdaptedLinear, LayerAdapter, dense_weight, put_layer, with_gain
 from .targets import linear_layers, target_modules
 
 Pair = tuple[Tensor, Tensor]  # A (rank, in) and B (rows, rank)
@@ -246,20 +245,7 @@ def _largest(weight: Tensor, rank: int, generator: torch.Generator) -> tuple[Ten
     return left[:, :rank], sizes[:rank], right[:, :rank]
 
 
-def add_lora(transformer: Lumina2Transformer, settings: Any, seed: int) -> dict[str, nn.Parameter]:
-    """The weights of a fresh LoRA, by name, which is put into the transformer."""
-    known = settings
-    if not isinstance(settings, LoRASettings):
-        known = LoRASettings(settings.rank, settings.alpha, settings.dropout, settings.targets)
+def add_lora(transformer: Lumina2Transformer, settings: LoRASettings, seed: int) -> dict[str, nn.Parameter]:
+    """The weights of a fresh LoRA, by name, which is put into the transformer; see ``add_adapter`` for all else."""
     transformer.requires_grad_(False)
-    return LoRA(add_lora_layers(transformer, known, seed), known).weights
-
-
-@contextmanager
-def without_lora(transformer: nn.Module) -> Iterator[None]:
-    """The base model's own predictions, within the block."""
-    with switched_off(module for module in transformer.modules() if isinstance(module, AdaptedLinear)):
-        yield
-
-
-load_lora = load_weights
+    return LoRA(add_lora_layers(transformer, settings, seed), settings).weights
