@@ -26,8 +26,8 @@ from ..model.quantise import Int4Linear, is_quantised
 from ..model.transformer import Lumina2Transformer
 
 GB = 10**9
-# Python and torch before a model is there (benchmarks/memory.py, case "process"), and what its libraries keep when
-# they compute.
+# Python and torch before a model is there (0.3 GB: benchmarks/memory.py, case "process"), and the part of torch that
+# the first optimiser or checkpointed block imports (0.1 GB).
 PROCESS = 400 * 10**6
 ENCODING_PROCESS = 600 * 10**6  # with transformers and diffusers, and what one product needs
 CUDA_CONTEXT = 500 * 10**6  # not measured on CUDA: what nvidia-smi shows of a process that did nothing, typically
@@ -54,7 +54,9 @@ _STATES: dict[str, Callable[[int], float]] = {
     "adamw_schedulefree": lambda size: 2 * size,
     "adafactor": lambda size: 0.01 * size,  # a number for each row and column
 }
-STEP_WORK = 24  # bytes for each element of the largest tensor while an optimiser with small states takes its step
+# Bytes for each element of the largest tensor while an optimiser takes its step on it alone, in bf16 and uncompiled.
+_STEP_WORK = {"ao-adamw8bit": 57, "ao-adamw4bit": 57, "ao-adamfp8": 57, "ao-adamwfp8": 57, "adamw_bf16": 26}
+_STEP_WORK_OF_OTHERS = 16
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ def forecast(
     if measured.computed == measured.stored and (precision.quantised or swapped):  # one weight is read at a time
         largest = max((torch.Size(dims).numel() for dims in measured.frozen.values()), default=0)
         fixed += largest * measured.computed.itemsize
-    step = measured.largest_trained * STEP_WORK if fused_backward else 0
+    step = measured.largest_trained * _STEP_WORK.get(optimizer, _STEP_WORK_OF_OTHERS) if fused_backward else 0
 
     kept = sum(cost.kept for cost in costs)
     moments = [(fixed + kept + again.head, 0)]
