@@ -1,6 +1,7 @@
 """Precision settings, quantised layers, and loading tensor by tensor. Tiny models with fewer KV heads than heads."""
 
 import gc
+import importlib.util
 import json
 import subprocess
 import sys
@@ -117,7 +118,8 @@ def test_a_gpu_computes_in_bf16_where_it_has_instructions_for_it(monkeypatch):
     assert "overflows" in fp16.notes[0]
 
 
-def test_what_a_device_lacks_is_told_with_a_remedy():
+def test_what_a_device_lacks_is_told_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not lacking("int8-torchao", CPU)
     assert not lacking("int4-torchao", torch.device("cuda"))
     for mode, why in (("int4-torchao", "CUDA or XPU"), ("nf4", "pip install bitsandbytes")):
