@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..config.precision import PrecisionSettings
 from ..errors import SettingError
 from ..model.config import TransformerConfig
-from ..model.linear import release_scratch
 from ..model.quantise import Int4Linear, is_quantised
 from ..model.transformer import Lumina2Transformer
 
@@ -417,7 +416,6 @@ def _pass(
             torch.empty(shape.batch, shape.tokens, config.caption_dim),
         )
         memory = LiveMemory(transformer.parameters())
-        release_scratch()
         gauge = _Gauge(memory, blocks)
         try:
             with memory:
