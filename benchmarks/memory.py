@@ -196,7 +196,7 @@ def encode_text() -> None:
     with torch.no_grad():
         embedded = torch.nn.functional.embedding(ids, gemma.embed_tokens.weight).float()
         states = gemma(inputs_embeds=embedded * GEMMA["hidden_size"] ** 0.5, output_hidden_states=True).hidden_states
-    print(f"caption: {tuple(states[-2].shape)}", file=sys.stderr)
+    print(f"caption: {tuple(states[-2].shape)} {states[-2].abs().mean():.4f}", file=sys.stderr)
 
 
 def encode_picture() -> None:
