@@ -140,3 +140,13 @@ def test_stratified_draws_fill_every_part_once_and_stay_uniform():
 def test_the_logit_of_the_default_is_a_standard_normal():
     sample = logit(draw_sigmas(draws(5000), ObjectiveSettings(), 1.0).double().numpy())
     assert scipy.stats.kstest(sample, "norm").pvalue > 0.01
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.1, 3.0, 3.158, 6.0, 7.3, 49.0])
+@pytest.mark.parametrize("distribution", [{}, {"flow_use_uniform_schedule": True}, {"flow_use_beta_schedule": True}])
+def test_every_shift_gives_levels_between_picture_and_noise(distribution, shift):
+    """1/s · 1 / (1 + (1/s − 1) · 1) may round to a little above 1, where no distribution is defined."""
+    levels = draw_sigmas(torch.linspace(0, 1, 9), ObjectiveSettings(**distribution), shift)
+    assert torch.isfinite(levels).all()
+    assert (levels.diff() >= 0).all()
+    assert levels[4] > 0.49

@@ -39,7 +39,9 @@ def draw_sigmas(uniform: Tensor, settings: ObjectiveSettings, shift: float, firs
         return levels[place].float()
     cumulative, quantile = _distribution(settings)
     edges = torch.tensor([settings.sigma_min, settings.sigma_max], dtype=torch.float64)
-    low, high = cumulative(shift_sigmas(edges, 1 / shift))  # a shift of 1/s undoes one of s
+    low, high = cumulative(
+        shift_sigmas(edges, 1 / shift).clamp(0, 1)
+    )  # a shift of 1/s undoes one of s, but for rounding
     sigmas = shift_sigmas(quantile(low + uniform * (high - low)), shift)
     return sigmas.clamp(settings.sigma_min, settings.sigma_max).float()
 
