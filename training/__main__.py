@@ -2,8 +2,10 @@
 
     python <plugin folder> info FILE [--json]
     python <plugin folder> clean FOLDER [--dry-run] [--grace-hours 24] [--json]
+    python <plugin folder> estimate [--resolution 1024] [--batch-size 1] [--rank 16 | --full] [--device cuda] [--json]
 
 ``info`` tells what a LoRA file holds: its layers, rank, size and where it came from.
+``estimate`` tells how much memory a training will need, part by part, and which switch would save how much.
 ``clean`` removes what no dataset refers to from a cache folder (``output/lumina2/.cache/latents`` or ``…/text``).
 """
 
@@ -19,6 +21,7 @@ from typing import Any
 from .adapter.files import PREFIX
 from .cache.garbage import GRACE_HOURS, collect_garbage
 from .errors import Lumina2Error, ModelError
+from .run.estimate import add_arguments, estimate, lines
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,9 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     clean.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
     clean.add_argument("--grace-hours", type=float, default=GRACE_HOURS, help="what is newer stays")
     clean.add_argument("--json", action="store_true", help="one line of JSON on stdout")
+    estimated = commands.add_parser("estimate", help="how much memory a training will need")
+    add_arguments(estimated)
     options = parser.parse_args(arguments)
     try:
-        if options.command == "clean":
+        if options.command == "estimate":
+            found = estimate(options)
+        elif options.command == "clean":
             found = asdict(collect_garbage(options.folder, options.grace_hours, options.dry_run))
         else:
             found = lora_info(options.file)
@@ -45,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if options.json:
         print(json.dumps(found, ensure_ascii=False))
+    elif options.command == "estimate":
+        print(lines(found))
     elif options.command == "clean":
         print("\n".join(f"{name:14} {value}" for name, value in found.items()))
     else:

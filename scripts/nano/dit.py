@@ -18,7 +18,7 @@ from training.data.prompts import SYSTEM_PROMPTS, with_system_prompt
 from training.model.config import TransformerConfig
 from training.model.keys import diffusers_weights, from_diffusers
 from training.model.transformer import Lumina2Transformer
-from training.objective.loss import add_noise, velocity, velocity_loss
+from training.objective.loss import add_noise, velocity
 from training.objective.sigmas import logit_normal_sigmas
 
 from .pictures import Emoji
@@ -122,7 +122,7 @@ def train_dit(
         clean = latents[rows]
         noise = torch.randn(clean.shape, generator=generator)
         prediction = transformer(add_noise(clean, noise, sigmas), 1 - sigmas, *pad(drawn))
-        loss = velocity_loss(prediction, velocity(clean, noise)).mean()
+        loss = (prediction.float() - velocity(clean, noise)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)

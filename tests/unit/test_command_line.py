@@ -36,3 +36,25 @@ def test_what_cannot_be_read_is_named(tmp_path):
         assert (answer.returncode, answer.stdout) == (1, "")
         assert sentence in answer.stderr
         assert "Traceback" not in answer.stderr
+
+
+def test_estimate_tells_parts_and_what_would_save(tmp_path):
+    config = {
+        "hidden_size": 96,
+        "num_layers": 3,
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "axes_dim_rope": [8, 8, 8],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    answer = start("estimate", "--model", ".", "--resolution", "512", "--json", folder=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    assert found["total"] == sum(found["parts"].values())
+    assert found["preset"] == 8
+    table = start("estimate", "--model", ".", "--full", "--no-gradient-checkpointing", folder=tmp_path).stdout
+    assert "optimiser states" in table
+    assert "gradient_checkpointing = true" in table
+    answer = start("estimate", "--resolution", "7", folder=tmp_path)
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert "resolution is 7" in answer.stderr

@@ -12,10 +12,11 @@ from training.adapter.files import check_lora, comfyui_lora
 from training.adapter.lora import add_lora, target_modules
 from training.cache.given import keep_given
 from training.cache.store import Store
-from training.config.adapter import LoRASettings
+from training.config.adapter import FullSettings, LoRASettings, LyCORISSettings
 from training.config.dataset import MixSettings
-from training.config.objective import ObjectiveSettings
+from training.config.objective import ObjectiveSettings, ScheduledSamplingSettings
 from training.config.optim import OptimizerSettings
+from training.config.precision import PrecisionSettings
 from training.config.settings import TrainSettings, check_run_name, deciding
 from training.errors import DataError, ModelError, RunError, SettingError
 from training.model.config import TransformerConfig
@@ -448,3 +449,82 @@ def test_the_loss_falls_on_a_single_picture(tmp_path, store):
         )
     )
     assert sum(outcome.losses[-30:]) < 0.8 * sum(outcome.losses[:30])
+
+
+FULL = replace(SETTINGS, adapter=FullSettings(), optimizer=OptimizerSettings(learning_rate=1e-3))
+
+
+def test_a_full_fine_tune_writes_the_model_and_goes_on_exactly(run, store, tmp_path):
+    run.store = store = replace(store, models=tmp_path / "models")
+    with pytest.raises(KeyboardInterrupt):
+        run(FULL, stop_at=5)
+    continued = run(FULL)
+    assert run.steps == 3
+    file = tmp_path / "models" / "cats.safetensors"
+    assert same(load_file(file), continued.lora)
+    assert continued.lora.keys() - {"norm_final.weight"} == transformer().state_dict().keys()
+    assert not same(continued.lora, dict(transformer().state_dict()))
+    assert not list(store.loras.glob("*"))
+    assert not (store.root / "cats" / "checkpoint-8" / "lora.safetensors").exists()
+    file.unlink()
+    again = run(FULL).lora
+    assert run.steps == 0
+    assert all(torch.equal(again[key], weight) for key, weight in continued.lora.items() if key in again)
+    run.store = RunStore(tmp_path / "second", tmp_path / "loras", tmp_path / "second models")
+    assert same(run(FULL).lora, continued.lora)
+    assert run.steps == 8
+
+
+def test_a_full_fine_tune_by_an_optimiser_in_the_backward_pass(run, store, tmp_path):
+    run.store = replace(store, models=tmp_path / "models")
+    fused = OptimizerSettings(learning_rate=1e-3, fused_backward=True, grad_clip_method="update")
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(FULL, optimizer=fused), stop_at=4)
+    continued = run(replace(FULL, optimizer=fused))
+    run.store = RunStore(tmp_path / "second", tmp_path / "loras", tmp_path / "second models")
+    whole = run(replace(FULL, optimizer=fused))
+    assert same(whole.lora, continued.lora)
+    assert whole.losses == continued.losses
+
+
+def test_a_full_fine_tune_refuses_what_it_cannot_do(run, store, tmp_path):
+    with pytest.raises(RunError, match="No folder for trained models"):
+        run(FULL)
+    assert not store.root.exists() or not list(store.root.iterdir())
+    run.store = replace(store, models=tmp_path / "models")
+    with pytest.raises(SettingError, match="no base to ask"):
+        run(FULL, caches=given(tmp_path, is_regularisation_data=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": OptimizerSettings("prodigy", 1.0, use_ema=True)},
+        {"optimizer": OptimizerSettings("adamw_schedulefree", 1e-2, gradient_accumulation_steps=2)},
+        {"optimizer": OptimizerSettings("adamw_bf16", 1e-2, lr_scheduler="cosine", lr_warmup_steps=2, use_ema=True)},
+        {"adapter": LyCORISSettings("lokr", linear_dim=10000, factor=2)},
+        {"adapter": LoRASettings(2, init="pissa", qkv="split", use_dora=True, loraplus_lr_ratio=4)},
+        {"precision": PrecisionSettings(base_model_precision="int8-torchao", gradient_checkpointing=True)},
+        {
+            "objective": ObjectiveSettings(
+                input_perturbation=0.1,
+                scheduled_sampling=ScheduledSamplingSettings(max_step_offset=2, probability=0.5, grid_steps=20),
+            )
+        },
+    ],
+    ids=["prodigy ema", "schedule-free", "adamw_bf16 cosine ema", "lokr", "pissa dora", "int8", "rollout"],
+)
+def test_going_on_is_exact_whatever_is_trained_with(run, store, tmp_path, changes):
+    settings = replace(SETTINGS, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, stop_at=5)
+    continued = run(settings)
+    assert run.steps == 3
+    run.store = RunStore(tmp_path / "second", tmp_path / "second loras")
+    whole = run(settings)
+    assert whole.losses == continued.losses
+    assert same(whole.lora, continued.lora)
+    if settings.optimizer.use_ema:
+        averages = [load_file(folder / "cats-ema.safetensors") for folder in (store.loras, run.store.loras)]
+        assert same(*averages)
+        assert not same(averages[0], whole.lora)

@@ -87,8 +87,3 @@ def chosen_masks(masks: Tensor, uniform: Tensor, settings: ObjectiveSettings) ->
 def batch_loss(losses: Tensor, weights: Tensor | float = 1.0) -> Tensor:
     """The mean over a batch of ``losses`` (B,), each times its weight: a weight of 0.5 halves a sample's gradient."""
     return (losses * weights).mean()
-
-
-def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error against a velocity: the mean of each sample, (B,), in fp32. All (B, C, H, W)."""
-    return (prediction.float() - target.float()).square().mean((1, 2, 3))

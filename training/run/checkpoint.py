@@ -40,13 +40,13 @@ def save_checkpoint(
     run_folder: Path,
     identity: str,
     state: TrainState,
-    exported: Mapping[str, Tensor],
+    exported: Mapping[str, Tensor] | None,
     metadata: Mapping[str, str],
 ) -> Checkpoint:
     """Write ``checkpoint-<step>``: first beside its place, then moved there at once, so that it is never half.
 
     Args:
-        exported: what is trained, as ComfyUI reads it.
+        exported: what is trained, as ComfyUI reads it; None: not once more, where it is the model itself.
     """
     place = run_folder / f"checkpoint-{state.step}"
     working = run_folder / f".checkpoint-{state.step}.tmp"
@@ -61,7 +61,8 @@ def save_checkpoint(
     if state.loss_scale:
         tensors |= {f"loss_scale.{name}": value for name, value in state.loss_scale.state().items()}
     write_tensors(working / "state.safetensors", tensors)
-    write_tensors(working / "lora.safetensors", exported, metadata)
+    if exported is not None:
+        write_tensors(working / "lora.safetensors", exported, metadata)
     about = {"identity": identity, "step": state.step, "optimizer": scalars}
     write_json(working / "checkpoint.json", about)
     shutil.rmtree(place, ignore_errors=True)

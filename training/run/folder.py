@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..errors import RunError
 from ..files import read_json, write_json
 
 
@@ -33,12 +34,21 @@ class RunStore:
 
     root: Path
     loras: Path
+    models: Path | None = None  # for full fine-tunes: models/diffusion_models
 
     def path(self, run: Run) -> Path:
         return self.root / run.folder
 
-    def lora(self, folder: str) -> Path:
-        return self.loras / f"{folder}.safetensors"
+    def file(self, folder: str, full: bool = False) -> Path:
+        """What a run trained: its LoRA, or the model where that was trained in full.
+
+        Raises:
+            RunError: no place for models was named.
+        """
+        place = self.models if full else self.loras
+        if place is None:
+            raise RunError("No folder for trained models was named. Train a LoRA, or name one.")
+        return place / f"{folder}.safetensors"
 
     def save(self, run: Run) -> Run:
         write_json(self.path(run) / "run.json", asdict(run))
@@ -59,9 +69,10 @@ class RunStore:
             return None
 
     def free_folder(self, name: str) -> str:
-        """The first of ``name``, ``name-2``, … that neither a folder nor a LoRA file has, compared without case."""
+        """The first of ``name``, ``name-2``, … that no folder, LoRA file or model has, compared without case."""
         taken = {path.name.casefold() for path in self.root.glob("*")}
-        taken |= {path.stem.casefold() for path in self.loras.glob("*.safetensors")}
+        for files in filter(None, (self.loras, self.models)):
+            taken |= {path.stem.casefold() for path in files.glob("*.safetensors")}
         number, folder = 1, name
         while folder.casefold() in taken:
             number += 1

@@ -103,7 +103,7 @@ class Decision:
     message: str
 
 
-def decide(store: RunStore, name: str, identity: str, steps: int, continue_token: int) -> Decision:
+def decide(store: RunStore, name: str, identity: str, steps: int, continue_token: int, full: bool = False) -> Decision:
     """Look the identity up among the runs of this name: the four rules of re-queueing."""
     run = next((r for r in store.family(name) if r.identity == identity), None)
     if run is None:
@@ -111,7 +111,8 @@ def decide(store: RunStore, name: str, identity: str, steps: int, continue_token
         taken = f" ({name} is another training, left as it is)" if folder != name else ""
         return Decision(None, folder, False, None, f"training into {folder}{taken}")
     checkpoint = newest_checkpoint(store.path(run))
-    trained = run.step if checkpoint or store.lora(run.folder).exists() else 0  # what was deleted is not there
+    kept = checkpoint or store.file(run.folder, full).exists()
+    trained = run.step if kept else 0  # what was deleted is not there
     if trained >= steps:
         return Decision(run, run.folder, True, checkpoint, f"already trained: {trained} steps, {steps} asked")
     if trained and run.status == "stopped" and steps <= run.target and continue_token <= run.continue_token:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ..cache.latents import Encode, LatentCache
 from ..cache.texts import TextCache
 from ..config.settings import RESUME, TrainSettings, check_run_name
 from ..errors import Lumina2Error, RunError, SettingError
+from ..files import write_tensors
 from ..model.fingerprint import transformer_fingerprint
 from ..model.precision import choose_computing
 from ..model.quantise import quantise
@@ -47,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave: its LoRA under ComfyUI's names and its losses, step by step."""
+    """What a run gave: its LoRA, or the model trained in full, under ComfyUI's names; and its losses, step by step."""
 
     run: Run
     lora: dict[str, Tensor]
@@ -89,13 +91,18 @@ def train_lora(
     start = _start(store, request, settings.steps)
     model = transformer_fingerprint(transformer.state_dict().items(), transformer.config)
     identity = run_identity(settings, data_identity(latents, texts), model, request.attempt, start)
-    modules = {n: m.weight for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
-    decision = decide(store, name, identity, settings.steps, request.continue_token)
+    full = settings.full_fine_tune
+    modules = {n: m.weight.to("meta") for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+    decision = decide(store, name, identity, settings.steps, request.continue_token, full)
+    file = store.file(decision.folder, full)
     notes = [decision.message, *_differences(store, start, settings)]
     watcher.say("; ".join(notes))
     events = store.root / decision.folder / "events.jsonl"
     if decision.done and decision.run:
-        lora = _trained_lora(store, decision.run, decision.checkpoint, modules)
+        if full:
+            lora = _trained_model(file, decision.checkpoint, transformer)
+        else:
+            lora = _trained_lora(file, decision.checkpoint, modules)
         return Outcome(decision.run, lora, read_losses(events, decision.run.step), decision.message)
 
     with Batches(latents, texts, settings, scale_latents, encode) as batches:
@@ -123,16 +130,23 @@ def train_lora(
 
         def keep(state: TrainState, status: str = "running") -> Run:
             """A checkpoint, and the run's file that says so; at the end the LoRA too."""
-            lora, metadata = _exported(state, run, settings)
-            save_checkpoint(store.path(run), identity, state, lora, metadata)
+            ended = status != "running"
+            tensors, metadata = _exported(state, run, settings) if ended or not full else (None, {})
+            save_checkpoint(store.path(run), identity, state, None if full else tensors, metadata)
             remove_old_checkpoints(store.path(run), settings.checkpoints_total_limit)
-            if status != "running":
-                write_lora(store.lora(run.folder), lora, modules, metadata)
+            if tensors is not None and ended:
+                write(file, tensors, metadata)
                 if state.ema:
                     with state.ema.in_place():
-                        averaged_lora, _ = state.adapter.export()
-                    write_lora(store.lora(f"{run.folder}-ema"), averaged_lora, modules, metadata)
+                        averages, _ = state.adapter.export()
+                    write(file.with_stem(f"{file.stem}-ema"), averages, metadata)
             return store.save(replace(run, status=status, step=state.step))
+
+        def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+            if full:
+                write_tensors(path, tensors, metadata)
+            else:
+                write_lora(path, tensors, modules, metadata)
 
         def before_step(done: int) -> None:
             watcher.before_step(done, losses.recent())
@@ -206,11 +220,19 @@ def _differences(store: RunStore, start: Checkpoint | None, settings: TrainSetti
     return [f"{key}: {before.settings[key]} → {v}" for key, v in now.items() if before.settings.get(key, v) != v]
 
 
-def _trained_lora(
-    store: RunStore, run: Run, checkpoint: Checkpoint | None, modules: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _trained_model(path: Path, checkpoint: Checkpoint | None, transformer: Lumina2Transformer) -> dict[str, Tensor]:
+    """The weights of a full fine-tune, written again from its newest checkpoint where they are missing."""
+    from safetensors.torch import load_file
+
+    if not path.exists() and checkpoint:
+        saved = load_file(checkpoint.path / "state.safetensors")
+        trained = {key.removeprefix("adapter."): w for key, w in saved.items() if key.startswith("adapter.")}
+        write_tensors(path, {**transformer.state_dict(), **trained}, {"modelspec.architecture": "lumina-2"})
+    return load_file(path)
+
+
+def _trained_lora(path: Path, checkpoint: Checkpoint | None, modules: dict[str, Tensor]) -> dict[str, Tensor]:
     """The run's LoRA file, written again from its newest checkpoint where it is missing."""
-    path = store.lora(run.folder)
     if not path.exists() and checkpoint:
         from safetensors import safe_open
 
