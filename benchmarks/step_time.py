@@ -4,7 +4,8 @@
 
 One step is forward, loss, backward and AdamW, with a LoRA of rank 16 on attention and no checkpointing, of
 
-- ours: the engine's transformer;
+- ours: the engine's transformer, with captions refined before as in training (the context refiner is not trained, and
+  what it makes of a caption is kept with the embedding);
 - diffusers' ``Lumina2Transformer2DModel`` with PEFT, the captions trimmed to the longest, and padded to 256 as its
   example script has them;
 - ComfyUI's own ``TrainLoraNode``, which has no choice of targets and trains every weight;
@@ -98,9 +99,9 @@ def ours(model: Lumina2Transformer, batch: Batch) -> Step:
     shared = Lumina2Transformer.from_weights(model.config, model.state_dict())  # an adapter of its own on the weights
     weights = add_lora(shared, LoRASettings(RANK), 0)
     target = torch.randn(batch.latents.shape)
-    return trained(
-        list(weights.values()), lambda: shared(batch.latents, batch.t, batch.captions, batch.lengths), target
-    )
+    with torch.no_grad():
+        text = shared.refine(batch.captions, batch.lengths)
+    return trained(list(weights.values()), lambda: shared.predict(batch.latents, batch.t, text, batch.lengths), target)
 
 
 def diffusers_model(model: Lumina2Transformer) -> torch.nn.Module:
@@ -248,73 +249,93 @@ def comfyui_model(model: Lumina2Transformer) -> Any:
 
 def floor(model: Lumina2Transformer, batch: Batch) -> Step:
     """What every LoRA step has to compute; see the module's docstring."""
-    config, dtype = model.config, batch.latents.dtype
-    text, image = sum(batch.lengths), len(batch.lengths) * (LATENT_SIDE // config.patch) ** 2
-    buffers: dict[tuple[int, int], torch.Tensor] = {}
+    config, dtype, count = model.config, batch.latents.dtype, len(batch.lengths)
+    image = (LATENT_SIDE // config.patch) ** 2
+    joint = tuple(tokens + image for tokens in batch.lengths)
+    sources: dict[tuple[int, int], torch.Tensor] = {}
+    results: dict[tuple[int, int], torch.Tensor] = {}
 
-    def buffer(rows: int, width: int) -> torch.Tensor:
-        if (rows, width) not in buffers:
-            buffers[rows, width] = torch.randn(rows, width, dtype=dtype)
-        return buffers[rows, width]
+    def source(rows: int, width: int) -> torch.Tensor:
+        return sources.setdefault((rows, width), torch.randn(rows, width, dtype=dtype))
 
-    products: list[tuple[torch.Tensor, int, bool]] = []  # weight, rows, whether the gradient goes through it
-    loras: list[tuple[torch.Tensor, torch.Tensor, int, bool]] = []
-    first = True
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        kind, out_in = name.split(".")[0], module.weight.shape
-        rows = {"context_refiner": text, "noise_refiner": image, "layers": text + image, "cap_embedder": text,
-                "x_embedder": image, "final_layer": image, "t_embedder": len(batch.lengths)}[kind]  # fmt: skip
-        if "adaLN" in name:
-            rows = len(batch.lengths)
-        passes = kind in ("noise_refiner", "layers", "final_layer") and "adaLN" not in name
-        if "attention" in name and kind in ("noise_refiner", "layers"):
-            a, b = (torch.randn(shape, dtype=dtype) for shape in ((RANK, out_in[1]), (out_in[0], RANK)))
-            loras.append((a, b, rows, not first))
-            passes, first = passes and not first, False  # nothing is trained below the first
-        products.append((module.weight, rows, passes))
-    parameters = [torch.nn.Parameter(torch.randn_like(w, dtype=torch.float32)) for a, b, *_ in loras for w in (a, b)]
+    def result(rows: int, width: int) -> torch.Tensor:
+        return results.setdefault((rows, width), torch.empty(rows, width, dtype=dtype))
+
+    layers = products(model, batch)
+    loras = [
+        (torch.randn(RANK, weight.shape[1], dtype=dtype), torch.randn(weight.shape[0], RANK, dtype=dtype), rows, passes)
+        for weight, rows, passes, adapted in layers
+        if adapted
+    ]
+    parameters = [torch.nn.Parameter(torch.randn(w.shape)) for a, b, *_ in loras for w in (a, b)]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.AdamW(parameters, lr=0, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-9, fused=True)
     heads = []
-    for blocks, lengths, back in (
-        (model.context_refiner, batch.lengths, False),
-        (model.noise_refiner, (image // len(batch.lengths),) * len(batch.lengths), True),
-        (model.layers, tuple(n + image // len(batch.lengths) for n in batch.lengths), True),
-    ):
+    for blocks, lengths in ((model.noise_refiner, (image,) * count), (model.layers, joint)):
         for _ in blocks:
             for tokens in sorted(set(lengths)):
-                shape = (lengths.count(tokens), tokens, config.head_dim)
                 q, k, v = (
-                    torch.randn(shape[0], n, *shape[1:], dtype=dtype, requires_grad=back)
+                    torch.randn(lengths.count(tokens), n, tokens, config.head_dim, dtype=dtype, requires_grad=True)
                     for n in (config.heads, config.kv_heads, config.kv_heads)
                 )
                 heads.append((q, k, v, torch.randn_like(q)))
 
     def step() -> None:
         with torch.no_grad():
-            for weight, rows, passes in products:
+            for weight, rows, passes, _ in layers:
                 out, inner = weight.shape
-                torch.mm(buffer(rows, inner), weight.T, out=buffer(rows, out))
+                torch.mm(source(rows, inner), weight.T, out=result(rows, out))
                 if passes:
-                    torch.mm(buffer(rows, out), weight, out=buffer(rows, inner))
+                    torch.mm(source(rows, out), weight, out=result(rows, inner))
             for a, b, rows, passes in loras:
-                x, y, h = buffer(rows, a.shape[1]), buffer(rows, b.shape[0]), buffer(rows, RANK)
-                torch.mm(x, a.T, out=h)
-                y.addmm_(h, b.T, alpha=0)
-                d_h = y @ b
-                _, _ = y.T @ h, d_h.T @ x
+                x, grad, h = source(rows, a.shape[1]), source(rows, b.shape[0]), source(rows, RANK)
+                torch.mm(x, a.T, out=result(rows, RANK))
+                torch.mm(h, b.T, out=result(rows, b.shape[0]))
+                torch.mm(grad, b, out=result(rows, RANK))
+                torch.mm(grad.T, h, out=result(b.shape[0], RANK))
+                torch.mm(h.T, x, out=result(RANK, a.shape[1]))
                 if passes:
-                    x.addmm_(d_h, a, alpha=0)
+                    torch.mm(h, a, out=result(rows, a.shape[1]))
         for q, k, v, grad in heads:
-            out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-            if q.requires_grad:
-                torch.autograd.grad(out, (q, k, v), grad)
+            torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, enable_gqa=True), (q, k, v), grad)
         optimizer.step()
 
     return step
+
+
+def products(model: Lumina2Transformer, batch: Batch) -> list[tuple[torch.Tensor, int, bool, bool]]:
+    """Each product of a step: the frozen weight, its rows, whether a gradient goes through it, whether it has a LoRA.
+
+    The captions are refined before. Nothing is trained below the first LoRA, so no gradient goes through that layer;
+    modulation and the embedders take one row a picture, and none passes them.
+    """
+    count = len(batch.lengths)
+    image = count * (LATENT_SIDE // model.config.patch) ** 2
+    rows = {"noise_refiner": image, "layers": image + sum(batch.lengths), "x_embedder": image, "final_layer": image,
+            "t_embedder": count}  # fmt: skip
+    found, first = [], True
+    for kind in ("t_embedder", "x_embedder", "noise_refiner", "layers", "final_layer"):
+        for name, module in getattr(model, kind).named_modules():
+            if not isinstance(module, torch.nn.Linear):
+                continue
+            modulation = "adaLN" in name
+            adapted = "attention" in name
+            passes = kind in ("noise_refiner", "layers", "final_layer") and not modulation and not (adapted and first)
+            first = first and not adapted
+            found.append((module.weight, count if modulation else rows[kind], passes, adapted))
+    return found
+
+
+def floor_flops(model: Lumina2Transformer, batch: Batch) -> int:
+    """Multiplications and additions of ``floor``, attention left out, by arithmetic."""
+    total = 0
+    for weight, rows, passes, adapted in products(model, batch):
+        total += 2 * rows * weight.numel() * (1 + passes)
+        if adapted:
+            a, b = RANK * weight.shape[1], weight.shape[0] * RANK
+            total += 2 * rows * ((a + b) + (a + 2 * b) + (a if passes else 0))
+    return total
 
 
 def measure(name: str, dtype_name: str, captions: str, rounds: int, repeats: int) -> dict[str, float]:

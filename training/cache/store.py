@@ -241,6 +241,10 @@ class Writer:
         if len(self._tensors) >= self.batch_size:
             self.commit()
 
+    def pending(self, key: str) -> Tensor | None:
+        """An entry that is not committed yet."""
+        return self._tensors.get(key)
+
     def commit(self) -> None:
         tensors, self._tensors = self._tensors, {}
         notes, self._notes = self._notes, {}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.latents import Encode, LatentCache
-from ..cache.store import Catalog
+from ..cache.store import Catalog, Writer, key_of
 from ..cache.texts import TextCache
 from ..config.dataset import MixSettings
 from ..config.settings import TrainSettings
@@ -40,11 +40,12 @@ class Batch:
     latents: Tensor  # (B, C, h, w) fp32, in the transformer's units
     noise: Tensor  # (B, C, h, w) fp32
     sigmas: Tensor  # (B,) fp32, 1 is noise
-    captions: Tensor  # (B, tokens, width), padded on the right
+    captions: Tensor  # (B, tokens, width), padded on the right; of the transformer's width where they are ``refined``
     lengths: tuple[int, ...]  # tokens of each caption that count
     regularisation: bool = False  # the target is the base model's own prediction
     seen_noise: Tensor | None = None  # what the network sees in place of ``noise``, where that is perturbed
     masks: Tensor | None = None  # (B, 1, h, w) fp32 in [0, 1]: how much each place counts
+    refined: bool = False  # captions have been through the context refiner
     levels: Tensor | None = None  # scheduled sampling: the levels that each sample passes; stays on the CPU
 
     def to(self, device: torch.device) -> Batch:
@@ -57,6 +58,14 @@ class Batch:
         names = ("latents", "noise", "sigmas", "captions", "seen_noise", "masks")
         moved: dict[str, Any] = {name: move(getattr(self, name)) for name in names if getattr(self, name) is not None}
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """The context refiner where nothing of it is trained: what it makes of a caption is kept beside the embedding."""
+
+    key: str  # another one where its weights, or what they are computed in, are others
+    refine: Callable[[Tensor], Tensor]  # (tokens, caption_dim) -> (tokens, dim)
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,8 @@ class Batches:
             settings.data_backend_sampling,
             not settings.disable_bucket_pruning,
         )
+        self._refiner: Refiner | None = None
+        self._refined: Writer | None = None
         self._kept: dict[tuple[int, str], Tensor] = {}
         self._kept_bytes = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -169,6 +180,12 @@ class Batches:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._refined:
+            self._refined.commit()
+
+    def refine_with(self, refiner: Refiner) -> None:
+        """From now on captions are refined when they are read first, and kept so."""
+        self._refiner, self._refined = refiner, Writer(self._text_entries, 128)
 
     def take(self, step: int) -> Batch:
         """The batch of a step; the next one is made ready meanwhile."""
@@ -198,7 +215,7 @@ class Batches:
             variant, dropped = chance[:2].tolist()
             variants = self._texts.variants(examples.captions[row])
             text = self._empty if dropped < dropout else variants[int(variant * len(variants))]
-            captions.append(self._read(self._text_entries, -1, text))
+            captions.append(self._caption(text))
         _, _, flip, rolls, whence, masked = torch.stack(chances).unbind(1)
         mirrored = [part.flips and chance < 0.5 for chance in flip.tolist()]
         clean = self._scale(self._latents(draw, mirrored).float())
@@ -219,6 +236,7 @@ class Batches:
             lengths=tuple(len(captions[place]) for place in order),
             regularisation=part.mix.is_regularisation_data,
             seen_noise=None if seen is None else seen[order],
+            refined=self._refiner is not None,
             masks=None if masks is None else chosen_masks(masks, masked, objective)[order],
             levels=plan_rollout(
                 sigmas[order], rolls[order], whence[order], objective.scheduled_sampling, optimizer_step
@@ -248,13 +266,26 @@ class Batches:
         ]
         return torch.stack([self._read(entries, draw.part, key) for key in keys])
 
+    def _caption(self, text: str) -> Tensor:
+        if self._refiner is None or self._refined is None:
+            return self._read(self._text_entries, -1, text)
+        key = key_of(refined=text, by=self._refiner.key)
+        known = self._kept.get((-1, key), self._refined.pending(key))
+        if known is not None:
+            return known
+        if key in self._text_entries:
+            return self._read(self._text_entries, -1, key)
+        refined = self._keep((-1, key), self._refiner.refine(self._text_entries.read(text)).cpu())
+        self._refined.add(key, refined)
+        return refined
+
     def _read(self, entries: Catalog, part: int, key: str) -> Tensor:
         kept = self._kept.get((part, key))
-        if kept is not None:
-            return kept
-        tensor = entries.read(key)
+        return self._keep((part, key), entries.read(key)) if kept is None else kept
+
+    def _keep(self, key: tuple[int, str], tensor: Tensor) -> Tensor:
         if self._kept_bytes + tensor.nbytes <= KEPT_BYTES:
-            self._kept[part, key] = tensor
+            self._kept[key] = tensor
             self._kept_bytes += tensor.nbytes
         return tensor
 

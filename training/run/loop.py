@@ -17,6 +17,7 @@ from ..adapter.base import Adapter
 from ..config.settings import TrainSettings
 from ..errors import RunError
 from ..model.linear import release_scratch
+from ..model.packing import pack
 from ..model.precision import LossScale
 from ..model.transformer import Lumina2Transformer
 from ..objective.loss import batch_loss
@@ -121,6 +122,8 @@ def loss_of(transformer: Lumina2Transformer, adapter: Adapter, batch: Batch, set
         captions, lengths = batch.captions, batch.lengths
         if len(rows) < len(lengths):
             captions, lengths = captions[rows], tuple(lengths[row] for row in rows)
+        if batch.refined:
+            return transformer.predict(x, 1 - sigmas, pack(captions, lengths).to(transformer.dtype), lengths)
         return transformer(x, 1 - sigmas, captions, lengths)
 
     def predict_as_base(x: Tensor, sigmas: Tensor, rows: list[int]) -> Tensor:

@@ -17,12 +17,13 @@ from ..cache.texts import TextCache
 from ..config.settings import RESUME, TrainSettings, check_run_name
 from ..errors import Lumina2Error, RunError, SettingError
 from ..files import write_tensors
-from ..model.fingerprint import transformer_fingerprint
+from ..model.fingerprint import fingerprint, transformer_fingerprint
+from ..model.linear import release_scratch
 from ..model.precision import choose_computing
 from ..model.quantise import quantise
 from ..model.transformer import Lumina2Transformer
 from ..optim.averages import averaged
-from .batches import Batches
+from .batches import Batches, Refiner
 from .checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -34,6 +35,8 @@ from .checkpoint import (
 from .folder import Run, RunStore
 from .identity import data_identity, decide, run_identity
 from .loop import Losses, TrainState, new_state, read_losses, train
+
+CAPTION_SIDE = ("cap_embedder.", "context_refiner.")  # depends on the caption alone
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,11 @@ def train_lora(
         return Outcome(decision.run, lora, read_losses(events, decision.run.step), decision.message)
 
     with Batches(latents, texts, settings, scale_latents, encode) as batches:
+        caption_side = _caption_side(transformer)
         state, said = _prepare(transformer, settings)
         notes += said
+        if not any(name.startswith(CAPTION_SIDE) for name in state.adapter.weights):
+            batches.refine_with(_refiner(transformer, caption_side, settings))
         checkpoint = decision.checkpoint or start
         if checkpoint:
             load_checkpoint(checkpoint, state)
@@ -182,6 +188,24 @@ def _prepare(transformer: Lumina2Transformer, settings: TrainSettings) -> tuple[
     if precision.torch_compile:
         transformer.compile_blocks()
     return new_state(adapter, settings, computing.loss_scaling), [adapter.describe(), *computing.notes]
+
+
+def _caption_side(transformer: Lumina2Transformer) -> str:
+    """A fingerprint of what a caption passes before it meets the picture."""
+    return fingerprint((n, w) for n, w in transformer.state_dict().items() if n.startswith(CAPTION_SIDE))
+
+
+def _refiner(transformer: Lumina2Transformer, weights: str, settings: TrainSettings) -> Refiner:
+    """What keeps refined captions, in what the transformer computes in, so that nothing is lost by it."""
+
+    @torch.no_grad()
+    def refine(embedding: Tensor) -> Tensor:
+        device = transformer.final_layer.linear.weight.device
+        refined = transformer.refine(embedding[None].to(device), (len(embedding),))
+        release_scratch()
+        return refined
+
+    return Refiner(f"{weights} {settings.precision.base_model_precision} {transformer.dtype}", refine)
 
 
 def _exported(state: TrainState, run: Run, settings: TrainSettings) -> tuple[dict[str, Tensor], dict[str, str]]:
