@@ -33,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -252,14 +253,14 @@ def floor(model: Lumina2Transformer, batch: Batch) -> Step:
     config, dtype, count = model.config, batch.latents.dtype, len(batch.lengths)
     image = (LATENT_SIDE // config.patch) ** 2
     joint = tuple(tokens + image for tokens in batch.lengths)
-    sources: dict[tuple[int, int], torch.Tensor] = {}
-    results: dict[tuple[int, int], torch.Tensor] = {}
 
+    @cache
     def source(rows: int, width: int) -> torch.Tensor:
-        return sources.setdefault((rows, width), torch.randn(rows, width, dtype=dtype))
+        return torch.randn(rows, width, dtype=dtype)
 
+    @cache
     def result(rows: int, width: int) -> torch.Tensor:
-        return results.setdefault((rows, width), torch.empty(rows, width, dtype=dtype))
+        return torch.empty(rows, width, dtype=dtype)
 
     layers = products(model, batch)
     loras = [

@@ -79,6 +79,15 @@ def test_checkpointed_gradients_are_the_plain_ones(lengths, every, selective):
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+def test_what_is_kept_may_wait_in_the_cpu_memory():
+    model, seen = transformer(), inputs((5, 3))
+    model.checkpoint_every = 1
+    plain = gradients(model, ["attention"], seen)
+    model.checkpoint_offload = True
+    again = gradients(model, ["attention"], seen)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
 @pytest.mark.parametrize("selective", [False, True])
 def test_a_lora_learns_the_same_with_checkpointing(selective):
     found = []

@@ -2,8 +2,8 @@
 
 Each turns its weight into the input's dtype for one product and again in the backward pass, as ``Linear.read`` says;
 nothing of that is kept. int8 is torchao's own arithmetic (one scale a row, absolute maximum over 127) without its
-tensor subclasses: those keep what they dequantise in autograd's graph, and a step on them took 1.1 (weight-only) to
-1.8 times as long (quantised training) on a CPU.
+tensor subclasses: a step on those took 1.1 (weight-only) to 1.8 times as long (quantised training) on a CPU, and they
+have no dtype of their own to compute in.
 """
 
 from __future__ import annotations

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -128,13 +129,14 @@ class Lumina2Transformer(nn.Module):
         compute_dtype: what it computes in; None: what its weights are stored in, or fp32 where the CPU lacks that.
         checkpoint_every: blocks' activations are computed again in the backward pass, of every n-th block; 0: of none.
         checkpoint_selective: of those blocks the matrix products are kept, and only the rest is computed again.
+        checkpoint_offload: what is kept for the backward pass waits in the CPU's memory.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
-        self.checkpoint_every, self.checkpoint_selective = 0, False
+        self.checkpoint_every, self.checkpoint_selective, self.checkpoint_offload = 0, False, False
         self.x_embedder = Linear(config.patch**2 * config.channels, config.dim)
         self.noise_refiner = nn.ModuleList(Block(config) for _ in range(config.refiner_layers))
         self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(config.refiner_layers))
@@ -246,7 +248,9 @@ class Lumina2Transformer(nn.Module):
         if not every or number % every or not torch.is_grad_enabled():
             return block(x, turns, spans, time)
         contexts = _keep_products if self.checkpoint_selective else noop_context_fn
-        return checkpoint(block, x, turns, spans, time, use_reentrant=False, context_fn=contexts)
+        waiting = save_on_cpu(pin_memory=x.is_cuda) if self.checkpoint_offload else nullcontext()
+        with waiting:
+            return checkpoint(block, x, turns, spans, time, use_reentrant=False, context_fn=contexts)
 
 
 def _keep_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -344,9 +344,6 @@ def savings(
     else:
         for mode in ("int8-torchao", *(("int4-torchao",) if device_type == "cuda" else ())):
             found[f"base_model_precision = {mode}"] = now - total(replace(precision, base_model_precision=mode))
-        if device_type != "cpu" and not precision.torch_compile:
-            half = measured.config.layers // 2
-            found[f"musubi_blocks_to_swap = {half}"] = now - total(replace(precision, musubi_blocks_to_swap=half))
     if device_type != "cpu":
         offload = replace(checkpointed, gradient_checkpointing_backend="unsloth")
         found["gradient_checkpointing_backend = unsloth"] = now - total(offload)

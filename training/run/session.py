@@ -177,6 +177,11 @@ def _prepare(transformer: Lumina2Transformer, settings: TrainSettings) -> tuple[
     """The transformer made ready to be trained, in place, and what the user is told of it."""
     precision = settings.precision
     device = transformer.final_layer.linear.weight.device
+    if precision.musubi_blocks_to_swap:
+        raise SettingError(
+            f"musubi_blocks_to_swap is {precision.musubi_blocks_to_swap}, but blocks are not swapped yet. Set it to 0, "
+            "and base_model_precision to int8-torchao, which saves as much."
+        )
     computing = choose_computing(precision, device)
     adapter = add_adapter(transformer, settings.adapter, settings.seed)
     if precision.quantised:
@@ -185,6 +190,7 @@ def _prepare(transformer: Lumina2Transformer, settings: TrainSettings) -> tuple[
     transformer.compute_dtype = computing.dtype
     transformer.checkpoint_every = precision.checkpoint_every(sum(p.numel() for p in transformer.parameters()))
     transformer.checkpoint_selective = precision.gradient_checkpointing_selective
+    transformer.checkpoint_offload = precision.gradient_checkpointing_backend == "unsloth"
     if precision.torch_compile:
         transformer.compile_blocks()
     return new_state(adapter, settings, computing.loss_scaling), [adapter.describe(), *computing.notes]
