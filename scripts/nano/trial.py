@@ -75,6 +75,14 @@ def scale_latents(latents: Tensor) -> Tensor:
     return (latents - config["shift_factor"]) * config["scaling_factor"]
 
 
+@torch.no_grad()
+def picture_of(latents: Tensor) -> np.ndarray:
+    """The picture (height, width, 3) in [0, 1] of one latent (1, C, h, w) in the transformer's units."""
+    config = read_json(ASSETS / "vae" / "config.json")
+    decoded = _vae().decode(latents / config["scaling_factor"] + config["shift_factor"]).sample[0]
+    return ((decoded + 1) / 2).clamp(0, 1).movedim(0, -1).numpy()  # type: ignore[no-any-return]
+
+
 @cache
 def examples(name: str, prefix: str = "") -> Examples:
     """One of the bundled datasets: style, style_heldout or concept.
