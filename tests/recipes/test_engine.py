@@ -68,14 +68,14 @@ def test_the_cover_is_one():
     assert {(family[c.optimizer], c.precision) for c in chosen} == set(product(FAMILIES, PRECISIONS))
 
 
-@pytest.mark.parametrize("combination", cover(), ids=lambda c: f"{c.optimizer} {c.adapter} {c.precision}")
+@pytest.mark.parametrize("combination", list(cover()), ids=lambda c: f"{c.optimizer} {c.adapter} {c.precision}")
 def test_everything_learns(combination):
     before, after = losses(combination)
     assert after <= (1 - FALL) * before
 
 
 def test_what_makes_no_sense_is_refused():
-    with pytest.raises(SettingError, match="base_model_precision is 'int8-torchao' in a full fine-tune"):
+    with pytest.raises(SettingError, match="base_model_precision is int8-torchao in a full fine-tune"):
         losses(Combination("torch-adamw", *NONSENSE))
 
 
@@ -147,7 +147,7 @@ def predictions(model, name):
 
 def test_regularisation_keeps_the_model_where_the_trigger_is_not(tmp_path):
     """Pictures of another set hold the model's word on a third one, and the concept is learned as well as without."""
-    steps = 80
+    steps = 120
     alone = trained({"concept": {}}, steps, tmp_path / "alone")
     held = trained({"concept": {}, "style_heldout": {"is_regularisation_data": True}}, 2 * steps, tmp_path / "held")
     base, _ = predictions(transformer(), "style")
@@ -157,5 +157,5 @@ def test_regularisation_keeps_the_model_where_the_trigger_is_not(tmp_path):
     losses_ = []
     for model in (alone, held):
         prediction, target = predictions(model, "concept")
-        losses_.append((prediction - target).square().mean())
+        losses_.append((prediction - target).square().mean().item())
     assert losses_[1] == pytest.approx(losses_[0], rel=0.1)
