@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..config.dataset import MixSettings
-from ..data.dataset import Dataset, Part, Rows, decode_row, open_rows
-from ..data.index import Progress, record_content
+from ..data.dataset import Dataset, Part, Rows, decode_row, open_rows, record_contents
+from ..data.index import Progress
 from ..data.sources import Source
 from ..data.sources.opening import open_source
 from ..errors import CacheError, DataError
@@ -327,14 +327,7 @@ class _Filling:
         on_batch(done, total)
 
     def _record(self) -> None:
-        """Write the hashes that became known into the index, so that the next start reads no picture again."""
-        rows = sorted(self._contents)
-        record_content(
-            Path(self.part.index),
-            self.rows.ids.take(np.array(rows, np.int64)).to_pylist(),
-            self.rows.stamps[rows].tolist(),
-            [self._contents[row] for row in rows],
-        )
+        record_contents(self.part, self.rows, self._contents)
         self._contents.clear()
         self._recorded = time.monotonic()
 

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.dataset import Dataset, Part, Rows, open_rows
-from ..data.index import record_content
+from ..data.dataset import Dataset, Part, Rows, open_rows, record_contents
 from ..data.pictures import decode
 from ..data.sources.opening import open_source
 from ..errors import DataError, SettingError
@@ -106,7 +105,7 @@ def cache_masks(
                 known[places[row]] = content
                 if mask is not None:
                     writer.add(name, mask)
-    _record(masks, found, known)
+    record_contents(masks, found, known)
     without = [rows.ids[row].as_py() for row, place in enumerate(places) if place < 0 and shapes[row, 0]]
     if without:
         problems.append(f"{len(without)} pictures have no mask and count everywhere (first: {without[0]})")
@@ -123,9 +122,3 @@ def _same_aspect(picture: Sequence[int], mask: Sequence[int], id: str) -> None:
             f"The mask {id} is {mask[0]} × {mask[1]} px and its picture {picture[0]} × {picture[1]}: another shape. "
             "Make them alike."
         )
-
-
-def _record(masks: Part, found: Rows, known: dict[int, str]) -> None:
-    rows = sorted(known)
-    ids = found.ids.take(np.array(rows, np.int64)).to_pylist()
-    record_content(Path(masks.index), ids, found.stamps[rows].tolist(), [known[row] for row in rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import numpy as np
 from ..config.dataset import CaptionSettings, DatasetSettings, GeometrySettings
 from ..errors import DataError
 from .geometry import REASONS, Plan, draw_for, needs_draws, plan_crops
-from .index import Index, Progress, index_file, read_index, scan
+from .index import Index, Progress, index_file, read_index, record_content, scan
 from .pictures import decode
 from .sources import Source
 from .sources.opening import open_source
@@ -171,6 +172,17 @@ def open_rows(part: Part, epoch: int = 0) -> Rows:
         repeats=np.where(asked >= 0, asked, part.settings.mix.repeats),
         sizes=np.stack([column("width_px").to_numpy(), column("height_px").to_numpy()], axis=1),
         plan=plan.take(rows),
+    )
+
+
+def record_contents(part: Part, rows: Rows, contents: Mapping[int, str]) -> None:
+    """Write hashes that became known, by row, into the index, so that the next start reads no picture again."""
+    chosen = sorted(contents)
+    record_content(
+        Path(part.index),
+        rows.ids.take(np.array(chosen, np.int64)).to_pylist(),
+        rows.stamps[chosen].tolist(),
+        [contents[row] for row in chosen],
     )
 
 

@@ -26,8 +26,7 @@ def norm_scale(x: Tensor, weight: Tensor, scale: Tensor | None, spans: Spans, ep
         scale: (B, width), or None for the plain norm.
     """
     if torch.compiler.is_compiling():
-        gain = weight.float() if scale is None else weight.float() * (1 + scale.float())
-        return (_normed(x, eps) * _rows(gain, spans)).to(x.dtype)
+        return (_normed(x, eps) * _rows(_gain(weight, scale, _one_plus), spans)).to(x.dtype)
     return _NormScale.apply(x, weight, scale, spans, eps)
 
 
@@ -40,8 +39,7 @@ def add_gated(x: Tensor, branch: Tensor, weight: Tensor, gate: Tensor | None, sp
         gate: (B, width), or None for 1.
     """
     if torch.compiler.is_compiling():
-        gain = weight.float() if gate is None else weight.float() * gate.float().tanh()
-        return x + (_normed(branch, eps) * _rows(gain, spans)).to(x.dtype)
+        return x + (_normed(branch, eps) * _rows(_gain(weight, gate, torch.tanh), spans)).to(x.dtype)
     return _AddGated.apply(x, branch, weight, gate, spans, eps)
 
 
