@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
 
+from ..training.run.events import Between, Ended, Event, Said, Started
+
 TEXT_EVERY_S = 0.3
+MESSAGE_EVERY_S = 0.25
+MESSAGE = "lumina2.run"  # to the page; the panel reads it
 
 
 def counting(progress: Progress, what: str) -> Callable[[int, int], None]:
@@ -57,3 +63,80 @@ class Progress:
         self._bar.update_absolute(done, max(total, 1) if total is not None else None)
         if time.monotonic() - self._said_at >= TEXT_EVERY_S:
             self.say(text)
+
+
+class RunProgress:
+    """Listens to a run, and shows it on its node: bar, text and the messages that the panel lives on.
+
+    A message holds ``run_id`` (the run's folder), ``node_id``, ``status``, ``doing``, ``step``, ``target``, ``loss``,
+    ``steps_per_second``, ``seconds_left``, ``epoch`` and, of what else happened since the last one, ``events``: their
+    names. Everything else is asked for by the page, from the run's folder.
+    """
+
+    def __init__(self, progress: Progress, target: int) -> None:
+        self.progress, self.target = progress, target
+        self.run_id = ""
+        self._status, self._doing, self._loss, self._epoch_steps = "waiting", "", math.nan, 0.0
+        self._began: tuple[float, int] | None = None  # when, and with how many steps done
+        self._step = 0
+        self._happened: list[str] = []
+        self._sent_at = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Raises InterruptProcessingException where the user pressed Cancel."""
+        match event:
+            case Said(text):
+                self.progress.say(text)
+            case Started():
+                self.run_id, self._status, self._step = event.run.folder, "running", event.step
+                self._epoch_steps = event.epoch_steps
+            case Ended():
+                self._status, self._doing = event.status, ""
+            case Between(step, loss, doing):
+                now = time.monotonic()
+                if doing != "training" or self._doing not in ("training", ""):
+                    self._began = None  # a pause says nothing of the steps' speed
+                elif self._began is None:
+                    self._began = (now, step)
+                self._step, self._loss, self._doing = step, loss, doing
+                self.progress.step(step, self._line(), self.target)
+        if not isinstance(event, Between):
+            self._happened.append(type(event).__name__)
+        at_once = isinstance(event, (Started, Ended))
+        if self.run_id and (at_once or time.monotonic() - self._sent_at >= MESSAGE_EVERY_S):
+            self._send()
+
+    def speed(self) -> float | None:
+        """Steps a second since the run, or its last pause or validation."""
+        if not self._began or self._step == self._began[1]:
+            return None
+        return (self._step - self._began[1]) / (time.monotonic() - self._began[0])
+
+    def _line(self) -> str:
+        speed = self.speed()
+        known = f", loss {self._loss:.4f}" if math.isfinite(self._loss) else ""
+        rate = f", {1 / speed:.2g} s a step, {duration((self.target - self._step) / speed)} left" if speed else ""
+        doing = "" if self._doing == "training" else f"{self._doing} at "
+        return f"{doing}step {self._step} of {self.target}{known}{rate}"
+
+    def _send(self) -> None:
+        from server import PromptServer
+
+        self._sent_at = time.monotonic()
+        speed = self.speed()
+        message: dict[str, Any] = {
+            "run_id": self.run_id,
+            "node_id": self.progress.node_id,
+            "status": self._status,
+            "doing": self._doing,
+            "step": self._step,
+            "target": self.target,
+            "loss": self._loss if math.isfinite(self._loss) else None,
+            "steps_per_second": speed,
+            "seconds_left": (self.target - self._step) / speed if speed else None,
+            "epoch": self._step / self._epoch_steps if self._epoch_steps else None,
+            "events": self._happened,
+        }
+        self._happened = []
+        if getattr(PromptServer, "instance", None):
+            PromptServer.instance.send_sync(MESSAGE, message)

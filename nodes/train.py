@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import time
 from typing import Any
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..training.cache.latents import LatentCache
@@ -15,9 +13,9 @@ from ..training.cache.texts import TextCache
 from ..training.config.adapter import AdapterSettings, LoRASettings
 from ..training.config.optim import OptimizerSettings
 from ..training.config.settings import RESUME, Config, TrainSettings, with_values
-from ..training.run.session import Outcome, Request, Watcher, train_lora
+from ..training.run.session import Outcome, Request, train_lora
 from . import places
-from .progress import Progress, duration
+from .progress import Progress, RunProgress
 from .sockets import AdapterSocket, ConfigSocket, EmbedsSocket, LatentsSocket, LoraModelSocket, LossMapSocket
 
 SAMPLES, SAMPLE_STEPS, SAMPLE_GUIDANCE = 2, 20, 4.0
@@ -166,8 +164,8 @@ class TrainLumina2LoRA(io.ComfyNode):
                 Request(run_name, resume, checkpoint, continue_token, attempt),
                 places.runs(),
                 model.model.process_latent_in,
-                _watcher(progress, settings.steps),
-                vae.encode if vae is not None else None,
+                RunProgress(progress, settings.steps),
+                encode=vae.encode if vae is not None else None,
             )
         trained = with_lora(model, outcome.lora, 1.0)
         loss_map = {"loss": outcome.losses}
@@ -179,22 +177,14 @@ class TrainLumina2LoRA(io.ComfyNode):
         summary = _summary(outcome)
         progress.say(summary)
         lora_name = f"{places.SUBFOLDER}/{outcome.run.folder}.safetensors"
-        return io.NodeOutput(trained, outcome.lora, lora_name, loss_map, samples, ui=ui.PreviewText(summary))
-
-
-def _watcher(progress: Progress, steps: int) -> Watcher:
-    began: tuple[float, int] | None = None  # when, and with how many steps done
-
-    def before_step(done: int, loss: float) -> None:
-        nonlocal began
-        began = began or (time.monotonic(), done)
-        passed, trained = time.monotonic() - began[0], done - began[1]
-        left = f", {duration(passed / trained * (steps - done))} left" if trained else ""
-        rate = f", {passed / trained:.2g} s a step" if trained else ""
-        known = f", loss {loss:.4f}" if math.isfinite(loss) else ""
-        progress.step(done, f"step {done} of {steps}{known}{rate}{left}", steps)
-
-    return Watcher(progress.say, before_step)
+        return io.NodeOutput(
+            trained,
+            outcome.lora,
+            lora_name,
+            loss_map,
+            samples,
+            ui={"text": (summary,), "lumina2": [{"run_id": outcome.run.folder}]},
+        )
 
 
 def _summary(outcome: Outcome) -> str:

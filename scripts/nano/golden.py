@@ -60,7 +60,7 @@ def recipes():  # type: ignore[no-untyped-def]
 def losses(name: str, folder: Path) -> list[float]:
     """The first losses of a recipe, in fp32 on the CPU."""
     from training.run.folder import RunStore
-    from training.run.session import Request, Watcher, train_lora
+    from training.run.session import Request, train_lora
 
     from .trial import mixed, scale_latents, transformer
 
@@ -74,7 +74,6 @@ def losses(name: str, folder: Path) -> list[float]:
         Request("golden"),
         RunStore(folder / "runs", folder / "loras"),
         scale_latents,
-        Watcher(lambda _: None, lambda *_: None),
     )
     return outcome.losses
 

@@ -21,7 +21,7 @@ from training.objective.loss import add_noise
 from training.run.batches import Batch
 from training.run.folder import RunStore
 from training.run.loop import loss_of
-from training.run.session import Request, Watcher, train_lora
+from training.run.session import Request, train_lora
 
 GOLDEN = json.loads((Path(__file__).with_name("golden.json")).read_text())
 
@@ -124,8 +124,7 @@ def trained(datasets, steps, folder):
         objective=ObjectiveSettings(caption_dropout_probability=0),
     )
     store = RunStore(folder / "runs", folder / "loras")
-    watcher = Watcher(lambda _: None, lambda *_: None)
-    train_lora(model, *mixed(datasets, folder), settings, Request("prior"), store, scale_latents, watcher)
+    train_lora(model, *mixed(datasets, folder), settings, Request("prior"), store, scale_latents)
     return model
 
 

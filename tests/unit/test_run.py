@@ -24,8 +24,9 @@ from training.model.fingerprint import transformer_fingerprint
 from training.model.transformer import Lumina2Transformer
 from training.run.batches import Batches
 from training.run.checkpoint import newest_checkpoint
+from training.run.events import Between, Said, read_events
 from training.run.folder import RunStore
-from training.run.session import Request, Watcher, train_lora
+from training.run.session import Request, train_lora
 
 CONFIG = TransformerConfig(
     dim=48, layers=2, refiner_layers=1, heads=4, kv_heads=2, caption_dim=8, ffn_dim=64, channels=4, axes_dim=(4, 4, 4)
@@ -87,10 +88,13 @@ class Train:
     def __call__(self, settings=SETTINGS, stop_at=None, model=None, caches=None, **request):
         self.steps = 0
 
-        def before_step(done, loss):
-            if done == stop_at:
-                raise KeyboardInterrupt
-            self.steps += 1
+        def tell(event):
+            if isinstance(event, Said):
+                self.said.append(event.text)
+            if isinstance(event, Between):
+                if event.step == stop_at:
+                    raise KeyboardInterrupt
+                self.steps += event.step < settings.steps
 
         return train_lora(
             model or transformer(),
@@ -99,7 +103,7 @@ class Train:
             Request(**{"name": "cats", **request}),
             self.store,
             lambda latents: latents * 0.5,
-            Watcher(self.said.append, before_step),
+            tell,
         )
 
 
@@ -132,7 +136,9 @@ def test_a_run_trains_and_writes_what_it_says(run, store):
         "checkpoint-6",
         "checkpoint-8",
     ]
-    assert len((store.root / "cats" / "events.jsonl").read_text().splitlines()) == 8
+    assert [event["step"] for event in read_events(store.root / "cats" / "events.jsonl") if "event" not in event] == [
+        *range(1, 9)
+    ]
 
 
 def test_the_same_settings_train_once(run, store):
@@ -354,7 +360,7 @@ def test_regularisation_pictures_keep_the_model_where_it_is(run, tmp_path):
 def test_gradients_that_are_not_finite_change_nothing_and_end_the_run(run, store):
     broken = transformer()
     broken.final_layer.linear.weight[0, 0] = math.nan
-    with pytest.raises(RunError, match="not a number for 5 steps"):
+    with pytest.raises(RunError, match="not a number for 6 steps in a row"):
         run(replace(SETTINGS, steps=30), model=broken)
     assert store.read("cats").status == "failed"
     lora = load_file(store.loras / "cats.safetensors")

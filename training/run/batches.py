@@ -20,6 +20,7 @@ from ..cache.latents import Encode, LatentCache
 from ..cache.store import Catalog, Writer, key_of
 from ..cache.texts import TextCache
 from ..config.dataset import MixSettings
+from ..config.objective import ObjectiveSettings
 from ..config.settings import TrainSettings
 from ..data.dataset import Part, Rows, decode_row, open_rows
 from ..data.sampler import Draw, Pool, Sampler
@@ -29,6 +30,7 @@ from ..errors import DataError, SettingError
 from ..objective.draws import draw_sigmas, schedule_shift, stratify, stratum_order
 from ..objective.loss import chosen_masks, perturb, perturbation
 from ..objective.rollout import plan_rollout
+from .processes import ALONE, Processes
 
 KEPT_BYTES = 2**30  # of cache entries, so that a small dataset is read from disk once
 
@@ -47,6 +49,11 @@ class Batch:
     masks: Tensor | None = None  # (B, 1, h, w) fp32 in [0, 1]: how much each place counts
     refined: bool = False  # captions have been through the context refiner
     levels: Tensor | None = None  # scheduled sampling: the levels that each sample passes; stays on the CPU
+    dataset: str = ""  # its id; empty where there is only one
+
+    def weight(self, objective: ObjectiveSettings) -> float:
+        """What its loss counts beside that of other batches."""
+        return objective.prior_loss_weight if self.regularisation else 1.0
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -129,11 +136,12 @@ def join(latents: LatentCache, texts: TextCache) -> list[Examples]:
 
 
 class Batches:
-    """Batches by step, from 0.
+    """Batches by number, from 0.
 
     Args:
         scale_latents: from the VAE's units to the transformer's.
         encode: the VAE, for datasets that are encoded while training.
+        processes: that train together; this one takes each ``count``-th batch.
 
     Raises:
         DataError: a picture has no caption in ``texts``, or there is nothing to draw.
@@ -147,8 +155,10 @@ class Batches:
         settings: TrainSettings,
         scale_latents: Callable[[Tensor], Tensor],
         encode: Encode | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self._settings, self._scale = settings, scale_latents
+        self._settings, self._scale, self._stride = settings, scale_latents, processes.count
+        self.per_step = settings.optimizer.gradient_accumulation_steps * processes.count
         self._parts = latents.parts
         self._examples = join(latents, texts)
         self._texts, self._empty = texts.rows(), texts.empty
@@ -187,21 +197,26 @@ class Batches:
         """From now on captions are refined when they are read first, and kept so."""
         self._refiner, self._refined = refiner, Writer(self._text_entries, 128)
 
-    def take(self, step: int) -> Batch:
-        """The batch of a step; the next one is made ready meanwhile."""
-        ready = self._ahead[1] if self._ahead and self._ahead[0] == step else self._thread.submit(self.make, step)
-        batch = ready.result()
-        self._ahead = (step + 1, self._thread.submit(self.make, step + 1))
+    @property
+    def epoch_steps(self) -> float:
+        """Optimiser steps that go through everything once."""
+        return self.sampler.steps_per_epoch / self.per_step
+
+    def take(self, number: int) -> Batch:
+        """Batch ``number``; the next one of this process is made ready meanwhile."""
+        ready = self._ahead[1] if self._ahead and self._ahead[0] == number else self._thread.submit(self.make, number)
+        batch, following = ready.result(), number + self._stride
+        self._ahead = (following, self._thread.submit(self.make, following))
         return batch
 
-    def make(self, step: int) -> Batch:
-        draw = self.sampler.batch(step)
+    def make(self, number: int) -> Batch:
+        draw = self.sampler.batch(number)
         examples, part = self._examples[draw.part], self._parts[draw.part]
         settings, objective = self._settings, self._settings.objective
         dropout = objective.caption_dropout_probability if part.caption_dropout is None else part.caption_dropout
-        optimizer_step = step // settings.optimizer.gradient_accumulation_steps
+        optimizer_step = number // self.per_step
         perturbed = perturbation(objective, optimizer_step)
-        size, first = len(draw.rows), step * len(draw.rows)
+        size, first = len(draw.rows), number * len(draw.rows)
         shape = examples.shapes[draw.rows[0]].tolist()
         noise, more, levels, captions, chances = [], [], [], [], []
         for place, row in enumerate(draw.rows.tolist()):
@@ -221,7 +236,7 @@ class Batches:
         clean = self._scale(self._latents(draw, mirrored).float())
         uniform = torch.stack(levels)
         if objective.flow_stratified:
-            uniform = stratify(uniform, stratum_order(settings.seed, step, size))
+            uniform = stratify(uniform, stratum_order(settings.seed, number, size))
         sigmas = draw_sigmas(uniform, objective, schedule_shift(objective, *clean.shape[2:]), first)
         masks = self._masks(draw, mirrored)
         noises = torch.stack(noise)
@@ -235,6 +250,7 @@ class Batches:
             captions=nn.utils.rnn.pad_sequence([captions[place] for place in order], batch_first=True),
             lengths=tuple(len(captions[place]) for place in order),
             regularisation=part.mix.is_regularisation_data,
+            dataset=part.id if len(self._parts) > 1 else "",
             seen_noise=None if seen is None else seen[order],
             refined=self._refiner is not None,
             masks=None if masks is None else chosen_masks(masks, masked, objective)[order],

@@ -63,7 +63,7 @@ def save_checkpoint(
     write_tensors(working / "state.safetensors", tensors)
     if exported is not None:
         write_tensors(working / "lora.safetensors", exported, metadata)
-    about = {"identity": identity, "step": state.step, "optimizer": scalars}
+    about = {"identity": identity, "step": state.step, "rate_factor": state.rate_factor, "optimizer": scalars}
     write_json(working / "checkpoint.json", about)
     shutil.rmtree(place, ignore_errors=True)
     os.replace(working, place)
@@ -82,7 +82,7 @@ def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
 
     try:
         tensors = load_file(checkpoint.path / "state.safetensors")
-        scalars = read_json(checkpoint.path / "checkpoint.json").get("optimizer", {})
+        about = read_json(checkpoint.path / "checkpoint.json")
     except (OSError, ValueError, SafetensorError):
         raise RunError(
             f"The checkpoint {checkpoint.path} is damaged. Delete it: the one before is taken then."
@@ -92,12 +92,12 @@ def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
         part, _, name = key.partition(".")
         parts[part][name] = value
     state.adapter.load(parts["adapter"], str(checkpoint.path))
-    load_optimizer_tensors(state.optimizer, parts["optimizer"], scalars)
+    load_optimizer_tensors(state.optimizer, parts["optimizer"], about.get("optimizer", {}))
     if state.ema:
         state.ema.load(parts["ema"] or {name: w.float() for name, w in state.adapter.weights.items()})
     if state.loss_scale and parts["loss_scale"]:
         state.loss_scale.load(parts["loss_scale"])
-    state.step = checkpoint.step
+    state.step, state.rate_factor = checkpoint.step, about.get("rate_factor", 1.0)
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:

@@ -25,6 +25,8 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     model: str = ""  # the MODEL's fingerprint
     start: str = ""  # the checkpoint it started from, where it was not the base model
+    learning_rate: float = 0.0  # what it was set to in mid-run; 0: it is the settings' own
+    processes: int = 1  # that train it together
     notes: tuple[str, ...] = ()
 
 

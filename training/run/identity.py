@@ -59,15 +59,24 @@ def _mixing(part: LatentPart) -> dict[str, Any]:
 
 
 def run_identity(
-    settings: TrainSettings, data: Iterable[Any], model: str, attempt: int, start: Checkpoint | None
+    settings: TrainSettings,
+    data: Iterable[Any],
+    model: str,
+    attempt: int,
+    start: Checkpoint | None,
+    processes: int = 1,
 ) -> str:
     """Hash of what decides the weights.
+
+    Of several processes and of accumulation only the product counts: the batches of a step are the same ones.
 
     Args:
         model: the MODEL's fingerprint.
         start: the checkpoint that training starts from, where it is not the base model.
     """
     decided = deciding(settings)
+    if (batches := settings.optimizer.gradient_accumulation_steps * processes) > 1:
+        decided["gradient_accumulation_steps"] = batches
     if decided.get("lora_init_lora"):  # what it holds, wherever it lies
         decided["lora_init_lora"] = _file_hash(Path(decided["lora_init_lora"]))
     decides = {

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,9 +24,8 @@ from ..optim.build import build_optimizer
 from ..optim.schedule import learning_rate_factor, set_learning_rate
 from ..optim.step import clip_gradients, step_optimizer
 from .batches import Batch, Batches
-
-READ_LOSSES_EVERY = 10  # steps; each reading waits for the device once
-BAD_STEPS_IN_A_ROW = 5
+from .ledger import Ledger, Part
+from .processes import ALONE, Processes
 
 
 @dataclass
@@ -43,6 +37,7 @@ class TrainState:
     ema: EMA | None = None
     loss_scale: LossScale | None = None  # fp16's
     step: int = 0  # optimiser steps done
+    rate_factor: float = 1.0  # what the learning rate was changed by in mid-run
 
 
 def new_state(adapter: Adapter, settings: TrainSettings, loss_scaling: bool = False) -> TrainState:
@@ -71,52 +66,57 @@ def train(
     state: TrainState,
     batches: Batches,
     settings: TrainSettings,
-    losses: Losses,
-    before_step: Callable[[int], None],
-    checkpoint: Callable[[TrainState], Any],
+    ledger: Ledger,
+    go_on: Callable[[], bool],
+    processes: Processes = ALONE,
 ) -> None:
-    """Train until ``settings.steps``; ``state`` and ``losses`` are true after each step, whatever interrupts.
+    """Take steps as long as ``go_on`` says so; ``state`` and ``ledger`` are true after each, whatever interrupts.
 
     A step whose gradient is not finite changes no weight.
 
     Args:
-        before_step: called with the steps done so far; what it raises ends the training between two steps.
-        checkpoint: called every ``checkpoint_step_interval`` steps, and not at the end.
+        go_on: called before each step and after the last one: the place for checkpoints, samples and commands.
+            What it raises ends the training between two steps.
 
     Raises:
-        RunError: several losses in a row are not finite.
+        RunError: several steps in a row are not finite.
     """
     device = next(iter(state.adapter.weights.values())).device
     accumulated = settings.optimizer.gradient_accumulation_steps
     transformer.train()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            while state.step < settings.steps:
-                before_step(state.step)
-                factor = learning_rate_factor(state.step, settings.steps, settings.optimizer)
+            while go_on():
+                factor = learning_rate_factor(state.step, settings.steps, settings.optimizer) * state.rate_factor
                 set_learning_rate(state.optimizer, factor)
-                total = torch.zeros((), device=device)
-                for number in range(state.step * accumulated, (state.step + 1) * accumulated):
+                total, parts = torch.zeros((), device=device), []
+                for number in processes.batch_numbers(state.step, accumulated):
                     if state.adapter.draws:
                         torch.manual_seed((settings.seed * 1_000_003 + number) % 2**63)
-                    batch = batches.take(number).to(device)
-                    loss = loss_of(transformer, state.adapter, batch, settings) / accumulated
+                    batch = batches.take(number)
+                    each = losses_of(transformer, state.adapter, batch.to(device), settings)
+                    loss = batch_loss(each, batch.weight(settings.objective)) / accumulated
                     (state.loss_scale.scale(loss) if state.loss_scale else loss).backward()
                     total += loss.detach()
-                take_step(state, settings)
+                    parts.append(Part(each.detach(), batch.sigmas, batch.dataset))
+                total = processes.average(list(state.adapter.weights.values()), total)
+                norm = take_step(state, settings)
                 state.step += 1
                 if state.ema:
                     state.ema.update(state.step)
-                losses.add(state.step, total, settings.optimizer.learning_rate * factor)
-                if state.step % settings.checkpoint_step_interval == 0 and state.step < settings.steps:
-                    checkpoint(state)
-        losses.flush()
+                ledger.add(state.step, settings.optimizer.learning_rate * factor, total, norm, parts)
+        ledger.read()
     finally:
         release_scratch()
 
 
 def loss_of(transformer: Lumina2Transformer, adapter: Adapter, batch: Batch, settings: TrainSettings) -> Tensor:
     """The loss of a batch, with its gradient."""
+    return batch_loss(losses_of(transformer, adapter, batch, settings), batch.weight(settings.objective))
+
+
+def losses_of(transformer: Lumina2Transformer, adapter: Adapter, batch: Batch, settings: TrainSettings) -> Tensor:
+    """The loss of each sample, (B,), with its gradient."""
 
     def predict(x: Tensor, sigmas: Tensor, rows: list[int]) -> Tensor:
         captions, lengths = batch.captions, batch.lengths
@@ -132,7 +132,7 @@ def loss_of(transformer: Lumina2Transformer, adapter: Adapter, batch: Batch, set
 
     objective = settings.objective
     teacher: Predict | None = predict_as_base if objective.regularisation_target == "teacher" else None
-    each = training_losses(
+    return training_losses(
         predict,
         batch.latents,
         batch.noise,
@@ -143,19 +143,23 @@ def loss_of(transformer: Lumina2Transformer, adapter: Adapter, batch: Batch, set
         mask=batch.masks,
         teacher=teacher if batch.regularisation else None,
     )
-    return batch_loss(each, objective.prior_loss_weight if batch.regularisation else 1.0)
 
 
-def take_step(state: TrainState, settings: TrainSettings) -> None:
-    """Change the weights by the gradients that are there, and free those."""
+def take_step(state: TrainState, settings: TrainSettings) -> Tensor:
+    """Change the weights by the gradients that are there, and free those.
+
+    Returns:
+        The norm of all gradients, 0-dimensional.
+    """
     optimizer = state.optimizer
     if isinstance(optimizer, OptimizerInBackward):  # they were changed as the gradients came
-        if not torch.isfinite(optimizer.take_norm()):
+        norm = optimizer.take_norm()
+        if not torch.isfinite(norm):
             raise RunError(
                 "A gradient is not a number, and with fused_backward other weights have changed by then. The run ends "
                 "at its last checkpoint. Lower the learning rate, or switch fused_backward off."
             )
-        return
+        return norm
     weights = list(state.adapter.weights.values())
     if state.loss_scale:
         state.loss_scale.unscale([weight.grad for weight in weights if weight.grad is not None])
@@ -165,69 +169,4 @@ def take_step(state: TrainState, settings: TrainSettings) -> None:
     if state.loss_scale:
         state.loss_scale.update(finite)
     optimizer.zero_grad()
-
-
-@dataclass
-class Losses:
-    """The loss of every step, in memory and in ``events.jsonl``; read from the device a few at a time."""
-
-    file: Path
-    values: list[float] = field(default_factory=list)
-    _pending: list[tuple[int, float, float, Tensor]] = field(default_factory=list)
-
-    def add(self, step: int, loss: Tensor, learning_rate: float) -> None:
-        self._pending.append((step, time.time(), learning_rate, loss))
-        if len(self._pending) >= READ_LOSSES_EVERY:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is pending.
-
-        Raises:
-            RunError: the last few losses are not finite.
-        """
-        self.save()
-        last = self.values[-BAD_STEPS_IN_A_ROW:]
-        if len(last) == BAD_STEPS_IN_A_ROW and not any(map(math.isfinite, last)):
-            raise RunError(
-                f"The loss is not a number for {BAD_STEPS_IN_A_ROW} steps in a row. Lower the learning rate, or load "
-                "the model in bf16 or fp32 if it is in fp16; the weights before are kept."
-            )
-
-    def save(self) -> None:
-        if not self._pending:
-            return
-        read = torch.stack([loss for *_, loss in self._pending]).tolist()
-        events = [
-            {
-                "step": step,
-                "loss": loss if math.isfinite(loss) else None,
-                "lr": rate,
-                "time": round(at, 3),
-            }
-            for (step, at, rate, _), loss in zip(self._pending, read, strict=True)
-        ]
-        self._pending.clear()
-        self.values += read
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(event) + "\n" for event in events))
-
-    def recent(self, steps: int = 20) -> float:
-        """The mean of the last finite losses; not a number before there is one."""
-        finite = [value for value in self.values[-steps:] if math.isfinite(value)]
-        return sum(finite) / len(finite) if finite else math.nan
-
-
-def read_losses(file: Path, until: int) -> list[float]:
-    """The loss of each step up to ``until`` from ``events.jsonl``; a step that was trained twice counts once."""
-    found: dict[int, float] = {}
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the end of a line that a crash cut
-            if event.get("loss") is not None:
-                found[event["step"]] = event["loss"]
-    return [found[step] for step in sorted(found) if step <= until]
+    return norm

@@ -1,10 +1,12 @@
-"""One LoRA training from the settings to the file: looked up, started or continued, and kept whatever happens."""
+"""One training from the settings to the file: looked up, started or continued, and kept whatever happens."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,19 +24,19 @@ from ..model.linear import release_scratch
 from ..model.precision import choose_computing
 from ..model.quantise import quantise
 from ..model.transformer import Lumina2Transformer
-from ..optim.averages import averaged
 from .batches import Batches, Refiner
-from .checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    newest_checkpoint,
-    read_checkpoint,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
+from .between import BetweenSteps
+from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, read_checkpoint
+from .control import Control, reachable
+from .events import Ended, Journal, Listener, Said, Started, read_losses, to_all
 from .folder import Run, RunStore
 from .identity import data_identity, decide, run_identity
-from .loop import Losses, TrainState, new_state, read_losses, train
+from .keeping import Keeper
+from .ledger import Ledger
+from .lock import locked
+from .loop import TrainState, new_state, train
+from .processes import ALONE, Processes
+from .validation import Validator
 
 CAPTION_SIDE = ("cap_embedder.", "context_refiner.")  # depends on the caption alone
 
@@ -60,14 +62,6 @@ class Outcome:
     message: str
 
 
-@dataclass(frozen=True)
-class Watcher:
-    """How a training talks while it runs."""
-
-    say: Callable[[str], None]
-    before_step: Callable[[int, float], None]  # (steps done, recent loss); what it raises ends the training there
-
-
 def train_lora(
     transformer: Lumina2Transformer,
     latents: LatentCache,
@@ -76,8 +70,12 @@ def train_lora(
     request: Request,
     store: RunStore,
     scale_latents: Callable[[Tensor], Tensor],
-    watcher: Watcher,
+    tell: Listener = lambda event: None,
+    *,
+    control: Control | None = None,
     encode: Encode | None = None,
+    validator: Validator | None = None,
+    processes: Processes = ALONE,
 ) -> Outcome:
     """Train, go on training, or hand out what was trained before (see ``identity.decide``).
 
@@ -85,7 +83,10 @@ def train_lora(
     Whatever ends the training early leaves a checkpoint, the LoRA so far and a true ``run.json``, and is raised again.
 
     Args:
+        tell: hears everything that happens; what it raises ends the training between two steps.
+        control: by which the run is stopped, paused, …; also found by ``control.active`` while it runs.
         encode: the VAE, for datasets that are encoded while training.
+        validator: draws samples and works out the held-out loss.
 
     Raises:
         SettingError, RunError, ModelError: the run cannot start; nothing was written.
@@ -93,84 +94,91 @@ def train_lora(
     name = check_run_name(request.name)
     start = _start(store, request, settings.steps)
     model = transformer_fingerprint(transformer.state_dict().items(), transformer.config)
-    identity = run_identity(settings, data_identity(latents, texts), model, request.attempt, start)
+    identity = run_identity(settings, data_identity(latents, texts), model, request.attempt, start, processes.count)
     full = settings.full_fine_tune
     modules = {n: m.weight.to("meta") for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
-    decision = decide(store, name, identity, settings.steps, request.continue_token, full)
-    file = store.file(decision.folder, full)
-    notes = [decision.message, *_differences(store, start, settings)]
-    watcher.say("; ".join(notes))
-    events = store.root / decision.folder / "events.jsonl"
-    if decision.done and decision.run:
-        if full:
-            lora = _trained_model(file, decision.checkpoint, transformer)
-        else:
-            lora = _trained_lora(file, decision.checkpoint, modules)
-        return Outcome(decision.run, lora, read_losses(events, decision.run.step), decision.message)
+    folder = decide(store, name, identity, settings.steps, request.continue_token, full).folder
+    file = store.file(folder, full)
+    with locked(store.root, folder):
+        decision = decide(store, name, identity, settings.steps, request.continue_token, full)
+        if decision.folder != folder:
+            raise RunError(f"The training run {folder!r} was begun by another process just now. Queue again.")
+        notes = [decision.message, *_differences(store, start, settings)]
+        tell(Said("; ".join(notes)))
+        events = store.root / folder / "events.jsonl"
+        if decision.done and decision.run:
+            read = _trained_model if full else _trained_lora
+            lora = read(file, decision.checkpoint, transformer, modules)
+            tell(Ended(decision.run.status, decision.run.step, decision.message, 0))
+            return Outcome(decision.run, lora, read_losses(events, decision.run.step), decision.message)
 
-    with Batches(latents, texts, settings, scale_latents, encode) as batches:
-        caption_side = _caption_side(transformer)
-        state, said = _prepare(transformer, settings)
-        notes += said
-        if not any(name.startswith(CAPTION_SIDE) for name in state.adapter.weights):
-            batches.refine_with(_refiner(transformer, caption_side, settings))
-        checkpoint = decision.checkpoint or start
-        if checkpoint:
-            load_checkpoint(checkpoint, state)
-        run = Run(
-            name=name,
-            folder=decision.folder,
-            identity=identity,
-            status="running",
-            step=state.step,
-            target=settings.steps,
-            continue_token=request.continue_token,
-            settings=settings.written(),
-            model=model,
-            start=f"{start.path.parent.name}/{start.path.name}" if start else "",
-            notes=tuple(notes),
-        )
-        store.save(run)
-        losses = Losses(events, read_losses(events, state.step))
-        first = state.step
+        with Batches(latents, texts, settings, scale_latents, encode, processes) as batches:
+            caption_side = _caption_side(transformer)
+            state, said = _prepare(transformer, settings)
+            notes += said
+            if not any(name.startswith(CAPTION_SIDE) for name in state.adapter.weights):
+                batches.refine_with(_refiner(transformer, caption_side, settings))
+            checkpoint = decision.checkpoint or start
+            if checkpoint:
+                load_checkpoint(checkpoint, state)
+            if checkpoint is start:
+                state.rate_factor = 1.0
+            run = Run(
+                name=name,
+                folder=folder,
+                identity=identity,
+                status="running",
+                step=state.step,
+                target=settings.steps,
+                continue_token=request.continue_token,
+                settings=settings.written(),
+                model=model,
+                start=f"{start.path.parent.name}/{start.path.name}" if start else "",
+                notes=tuple(notes),
+                learning_rate=state.rate_factor * settings.optimizer.learning_rate if state.rate_factor != 1 else 0.0,
+                processes=processes.count,
+            )
+            journal = Journal(events)
+            keeper = Keeper(store, run, settings, modules, to_all([journal, tell]))
+            ledger = Ledger(keeper.tell, read_losses(events, state.step), tolerant=state.loss_scale is not None)
+            control = control or Control()
+            between = BetweenSteps(transformer, state, settings, keeper, ledger, keeper.tell, control, validator)
+            began = time.monotonic()
+            try:
+                keeper.check_space(state)
+                keeper.tell(Started(run, state.step, batches.epoch_steps))
+                with reachable(keeper.folder, control):
+                    train(transformer, state, batches, settings, ledger, between, processes)
+                lora = keeper.end(state, between.status, between.note)
+            except BaseException as error:
+                _keep_what_there_is(error, keeper, ledger, journal, state, between.first)
+                message = str(error) or type(error).__name__
+                with suppress(BaseException):  # the error that ended the run is the one to raise
+                    keeper.tell(Ended(keeper.run.status, state.step, message, time.monotonic() - began))
+                raise
+            notes += [between.note] if between.note else []
+            notes += [f"{ledger.skipped} steps skipped, not a number"] if ledger.skipped else []
+            message = "; ".join(notes)
+            keeper.tell(Ended(keeper.run.status, state.step, message, time.monotonic() - began))
+    return Outcome(keeper.run, lora, ledger.losses, message)
 
-        def keep(state: TrainState, status: str = "running") -> Run:
-            """A checkpoint, and the run's file that says so; at the end the LoRA too."""
-            ended = status != "running"
-            tensors, metadata = _exported(state, run, settings) if ended or not full else (None, {})
-            save_checkpoint(store.path(run), identity, state, None if full else tensors, metadata)
-            remove_old_checkpoints(store.path(run), settings.checkpoints_total_limit)
-            if tensors is not None and ended:
-                write(file, tensors, metadata)
-                if state.ema:
-                    with state.ema.in_place():
-                        averages, _ = state.adapter.export()
-                    write(file.with_stem(f"{file.stem}-ema"), averages, metadata)
-            return store.save(replace(run, status=status, step=state.step))
 
-        def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-            if full:
-                write_tensors(path, tensors, metadata)
-            else:
-                write_lora(path, tensors, modules, metadata)
-
-        def before_step(done: int) -> None:
-            watcher.before_step(done, losses.recent())
-
-        try:
-            train(transformer, state, batches, settings, losses, before_step, keep)
-        except BaseException as error:
-            status = "failed" if isinstance(error, Lumina2Error) else "interrupted"
-            broken = settings.optimizer.fused_backward and isinstance(error, RunError)
-            losses.save()
-            if state.step > first and not broken:
-                keep(state, status)
-            else:
-                store.save(replace(run, status=status))
-            raise
-        run = keep(state, "finished")
-    lora, _ = _exported(state, run, settings)
-    return Outcome(run, lora, losses.values, "; ".join(notes))
+def _keep_what_there_is(
+    error: BaseException, keeper: Keeper, ledger: Ledger, journal: Journal, state: TrainState, first: int
+) -> None:
+    """A checkpoint, the file and a true ``run.json``, where something was trained; no listener is asked any more."""
+    status = "failed" if isinstance(error, (Lumina2Error, torch.OutOfMemoryError)) else "interrupted"
+    broken = keeper.settings.optimizer.fused_backward and isinstance(error, RunError)
+    keeper.tell = journal
+    try:
+        journal.write(ledger.take())
+        if state.step > first and not broken:
+            keeper.end(state, status, str(error))
+    except (OSError, Lumina2Error) as trouble:
+        status = "failed"
+        keeper.tell(Said(str(trouble)))
+    with suppress(OSError):
+        keeper.note(status)
 
 
 def _prepare(transformer: Lumina2Transformer, settings: TrainSettings) -> tuple[TrainState, list[str]]:
@@ -214,13 +222,6 @@ def _refiner(transformer: Lumina2Transformer, weights: str, settings: TrainSetti
     return Refiner(f"{weights} {settings.precision.base_model_precision} {transformer.dtype}", refine)
 
 
-def _exported(state: TrainState, run: Run, settings: TrainSettings) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What was trained as ComfyUI reads it, and what its file says of itself."""
-    with averaged(state.optimizer):
-        tensors, about = state.adapter.export()
-    return tensors, _metadata(run, settings, state.step) | about
-
-
 def _start(store: RunStore, request: Request, steps: int) -> Checkpoint | None:
     """The checkpoint that was named to start from."""
     if request.resume not in RESUME:
@@ -250,7 +251,9 @@ def _differences(store: RunStore, start: Checkpoint | None, settings: TrainSetti
     return [f"{key}: {before.settings[key]} → {v}" for key, v in now.items() if before.settings.get(key, v) != v]
 
 
-def _trained_model(path: Path, checkpoint: Checkpoint | None, transformer: Lumina2Transformer) -> dict[str, Tensor]:
+def _trained_model(
+    path: Path, checkpoint: Checkpoint | None, transformer: Lumina2Transformer, modules: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The weights of a full fine-tune, written again from its newest checkpoint where they are missing."""
     from safetensors.torch import load_file
 
@@ -261,7 +264,9 @@ def _trained_model(path: Path, checkpoint: Checkpoint | None, transformer: Lumin
     return load_file(path)
 
 
-def _trained_lora(path: Path, checkpoint: Checkpoint | None, modules: dict[str, Tensor]) -> dict[str, Tensor]:
+def _trained_lora(
+    path: Path, checkpoint: Checkpoint | None, transformer: Lumina2Transformer, modules: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The run's LoRA file, written again from its newest checkpoint where it is missing."""
     if not path.exists() and checkpoint:
         from safetensors import safe_open
@@ -272,18 +277,3 @@ def _trained_lora(path: Path, checkpoint: Checkpoint | None, modules: dict[str, 
     lora = read_lora(path)
     check_lora(lora, modules, str(path))
     return lora
-
-
-def _metadata(run: Run, settings: TrainSettings, step: int) -> dict[str, str]:
-    """What a LoRA file says of itself, in the field's own keys."""
-    return {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "lumina-2/lora",
-        "modelspec.title": run.folder,
-        "modelspec.prediction_type": "flow",
-        "ss_steps": str(step),
-        "ss_learning_rate": str(settings.optimizer.learning_rate),
-        "ss_seed": str(settings.seed),
-        "lumina2_trainer.settings": json.dumps(settings.written()),
-        "lumina2_trainer.identity": run.identity,
-    }

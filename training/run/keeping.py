@@ -1,0 +1,143 @@
+"""What a run leaves on disk: checkpoints, the file for ComfyUI, and ``run.json``; each whole or as it was before."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..adapter.files import write_lora
+from ..config.settings import TrainSettings
+from ..errors import RunError
+from ..files import write_tensors
+from ..optim.averages import averaged
+from ..optim.state import optimizer_tensors
+from .checkpoint import newest_checkpoint, remove_old_checkpoints, save_checkpoint
+from .events import CheckpointSaved, Listener, LoRASaved
+from .folder import Run, RunStore
+from .loop import TrainState
+
+SPARE_BYTES = 64 * 2**20  # left on the disk for everything else
+
+
+class Keeper:
+    """Writes for one run; ``run`` is what ``run.json`` says.
+
+    Args:
+        modules: the base weight of each module that can have an adapter, by the module's name.
+    """
+
+    def __init__(
+        self, store: RunStore, run: Run, settings: TrainSettings, modules: Mapping[str, Tensor], tell: Listener
+    ) -> None:
+        self.store, self.settings, self.modules, self.tell = store, settings, modules, tell
+        self.full = settings.full_fine_tune
+        self.folder, self.file = store.path(run), store.file(run.folder, self.full)
+        self.run = store.save(run)
+
+    def exported(self, state: TrainState) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What is trained as ComfyUI reads it, and what its file says of itself."""
+        with averaged(state.optimizer):
+            tensors, about = state.adapter.export()
+        return tensors, self._metadata(state.step) | about
+
+    def checkpoint(self, state: TrainState, lora: tuple[dict[str, Tensor], dict[str, str]] | None = None) -> None:
+        """Raises RunError where the disk is full; the checkpoints before are whole then."""
+        tensors, metadata = (None, {}) if self.full else lora or self.exported(state)
+        self.check_space(state)
+        with self._disk_full(state):
+            saved = save_checkpoint(self.folder, self.run.identity, state, tensors, metadata)
+        remove_old_checkpoints(self.folder, self.settings.checkpoints_total_limit)
+        self.run = self.store.save(replace(self.run, step=state.step))
+        self.tell(CheckpointSaved(state.step, saved.path))
+
+    def end(self, state: TrainState, status: str, note: str = "") -> dict[str, Tensor]:
+        """A last checkpoint and the file for ComfyUI; the EMA beside it.
+
+        Returns:
+            What the file holds.
+        """
+        tensors, metadata = self.exported(state)
+        self.checkpoint(state, (tensors, metadata))
+        self.write(state, self.file, tensors, metadata)
+        if state.ema:
+            with state.ema.in_place():
+                averages, _ = state.adapter.export()
+            self.write(state, self.file.with_stem(f"{self.file.stem}-ema"), averages, metadata)
+        self.note(status, note)
+        return tensors
+
+    def write(self, state: TrainState, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        with self._disk_full(state):
+            if self.full:
+                write_tensors(path, tensors, metadata)
+            else:
+                write_lora(path, tensors, self.modules, metadata)
+        self.tell(LoRASaved(state.step, path))
+
+    def write_beside(self, state: TrainState, suffix: str) -> None:
+        """A file for ComfyUI of this step's weights, named after the run's own."""
+        self.write(state, self.file.with_stem(f"{self.file.stem}-{suffix}"), *self.exported(state))
+
+    def note(self, status: str, note: str = "") -> Run:
+        """Write ``run.json`` alone."""
+        notes = (*self.run.notes, note) if note else self.run.notes
+        self.run = self.store.save(replace(self.run, status=status, notes=notes))
+        return self.run
+
+    def set_learning_rate(self, rate: float) -> None:
+        self.run = self.store.save(replace(self.run, learning_rate=rate))
+
+    def check_space(self, state: TrainState) -> None:
+        """Raises RunError where the disk has no room for one more checkpoint of this run."""
+        tensors, _ = optimizer_tensors(state.optimizer)
+        weights = {**state.adapter.weights, **state.adapter.frozen}
+        one = sum(weight.numel() * weight.element_size() for weight in weights.values())
+        needed = sum(tensor.nbytes for tensor in tensors.values()) + one * (1 if self.full else 2)
+        needed += sum(average.nbytes for average in state.ema.state().values()) if state.ema else 0
+        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if free < needed + SPARE_BYTES:
+            raise self._no_space(f"needs {_size(needed)} and {_size(free)} are free", state)
+
+    @contextmanager
+    def _disk_full(self, state: TrainState) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise self._no_space("does not fit", state) from error
+            raise
+
+    def _no_space(self, what: str, state: TrainState) -> RunError:
+        kept = newest_checkpoint(self.folder)
+        before = f"The checkpoint of step {kept.step} is whole; the run goes on from it." if kept else ""
+        return RunError(
+            f"The disk of {self.folder} is full: a checkpoint of step {state.step} {what}. Free some space and queue "
+            f"again. {before}".strip()
+        )
+
+    def _metadata(self, step: int) -> dict[str, str]:
+        """What a LoRA file says of itself, in the field's own keys."""
+        settings = self.settings
+        return {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": "lumina-2" if self.full else "lumina-2/lora",
+            "modelspec.title": self.run.folder,
+            "modelspec.prediction_type": "flow",
+            "ss_steps": str(step),
+            "ss_learning_rate": str(self.run.learning_rate or settings.optimizer.learning_rate),
+            "ss_seed": str(settings.seed),
+            "lumina2_trainer.settings": json.dumps(settings.written()),
+            "lumina2_trainer.identity": self.run.identity,
+        }
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GB"
