@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.validation import Prompt, ValidationSettings, unique_names
 from ..data.captions import CaptionEditor
 from ..data.dataset import NAMED, Dataset, open_rows
 from ..data.index import Progress
@@ -21,6 +22,23 @@ from .store import Store, Writer, key_of
 
 Embed = Callable[[str], tuple[Tensor, bool]]  # a text -> its embedding (tokens, width), and whether it was cut
 SEGMENT_ROWS = 20_000
+FIRST_CAPTIONS = 2  # drawn where no prompts were chosen
+
+
+class EmbeddedPrompt(NamedTuple):
+    prompt: Prompt
+    key: str
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is drawn while training, with the keys of its embeddings."""
+
+    prompts: tuple[EmbeddedPrompt, ...]
+    negative: str  # its key
+    system_prompt: str  # before each prompt
+    max_tokens: int
+    settings: ValidationSettings | None = None  # None: nothing was chosen, and the prompts are the first captions
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,7 @@ class TextCache:
     empty: str
     cut: tuple[str, ...] = field(default=(), compare=False)  # the first captions that were longer than allowed
     skipped: tuple[str, ...] = field(default=(), compare=False)
+    validation: Validation | None = field(default=None, compare=False)  # None: another node's embeddings
 
     def rows(self) -> TextRows:
         table = read_manifest(Path(self.manifest))
@@ -66,17 +85,21 @@ def cache_texts(
     store: Store,
     on_text: Progress = lambda done, total: None,
     write_batch_size: int = 128,
-    extra: tuple[str, ...] = (),
+    validation: ValidationSettings | None = None,
 ) -> TextCache:
     """Embed every caption behind the system prompt, and the raw empty text, in bf16 and without padding.
 
+    So are the prompts of a validation, and its negative prompt as it is. Where none is chosen, the first captions
+    are the prompts.
+
     Args:
         encoder: the text encoder's fingerprint.
-        extra: texts to embed as they are, without a system prompt.
 
     Raises:
         DataError: no picture has a caption left after editing.
+        SettingError: a prompt library cannot be read.
     """
+    chosen = validation.prompts() if validation else ()
     catalog = store.open()
 
     def key(text: str) -> str:
@@ -87,6 +110,7 @@ def cache_texts(
     keys: list[list[str]] = []
     waiting: dict[str, str] = {}  # key -> text
     cut: list[str] = []
+    first: list[tuple[str, str]] = []
     skipped = list(catalog.damaged)
     unsaid = 0
     for number, part in enumerate(dataset.parts):
@@ -102,12 +126,15 @@ def cache_texts(
                 rows.captions[start : start + SEGMENT_ROWS].to_pylist(),
                 strict=True,
             ):
-                variants = [with_system_prompt(caption, system_prompt) for caption in edit(tuple(raw), id)]
+                captions = edit(tuple(raw), id)
+                variants = [with_system_prompt(caption, system_prompt) for caption in captions]
                 if not variants:
                     unsaid += 1
                     if unsaid <= NAMED:
                         skipped.append(f"Nothing is left of the caption of {id} after editing. Check the filters.")
                     continue
+                if len(first) < FIRST_CAPTIONS and part.settings.mix.dataset_type == "image":
+                    first.append((Path(id).stem, captions[0]))
                 named = [key(text) for text in variants]
                 texts |= zip(named, variants, strict=True)
                 ids.append(id)
@@ -123,7 +150,11 @@ def cache_texts(
         parts.append(np.full(kept, number, np.int16))
     if not ids:
         raise DataError(f"No picture has a caption. {skipped[0] if skipped else ''}")
-    waiting |= {key(text): text for text in ("", *extra) if key(text) not in catalog}
+    prompts = chosen or tuple(unique_names(first))
+    said = {prompt: with_system_prompt(prompt.text, system_prompt) if prompt.text else "" for prompt in prompts}
+    negative = validation.validation_negative_prompt if validation else ""
+    also = list(dict.fromkeys(["", negative, *(said.values() if chosen else ())]))
+    waiting |= {key(text): text for text in also if key(text) not in catalog}
     with Writer(catalog, write_batch_size) as writer:
         for done, (name, text) in enumerate(waiting.items()):
             on_text(done, len(waiting))
@@ -135,8 +166,17 @@ def cache_texts(
     subject = {
         "texts": [[p.index, asdict(p.settings.captions), p.settings.id] for p in dataset.parts],
         "encoder": [encoder, system_prompt, max_tokens],
-        "also": [key(text) for text in ("", *extra)],
+        "also": [key(text) for text in also],
     }
     columns = {"part": np.concatenate(parts), "id": ids, "keys": keys}
     manifest = write_manifest(Path(store.folder), subject, columns)
-    return TextCache(store, str(manifest), len(ids), key(""), tuple(cut[:NAMED]), (*dataset.skipped, *skipped))
+    embedded = tuple(EmbeddedPrompt(prompt, key(text)) for prompt, text in said.items())
+    return TextCache(
+        store,
+        str(manifest),
+        len(ids),
+        key(""),
+        tuple(cut[:NAMED]),
+        (*dataset.skipped, *skipped),
+        Validation(embedded, key(negative), system_prompt, max_tokens, validation),
+    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model.transformer import Lumina2Transformer
+from .guidance import guide
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (latents, t of (B,)) -> velocity z - ε
 
@@ -29,21 +30,37 @@ def sample_euler(
     return latents
 
 
-def guided_velocity(transformer: Lumina2Transformer, caption: Tensor, negative: Tensor, guidance: float) -> Velocity:
-    """Classifier-free guidance ``u + g·(c − u)`` between two embeddings (tokens, width) of any lengths.
+def guided_velocity(
+    transformer: Lumina2Transformer,
+    caption: Tensor,
+    negative: Tensor,
+    guidance: float,
+    normalise: bool = False,
+    rescale: float = 0.0,
+) -> Velocity:
+    """Classifier-free guidance between two embeddings (tokens, width) of any lengths; see ``guide``.
 
-    At a guidance of 1 the negative side is not computed. The two sides run one by one, so nothing is padded.
+    At a guidance of 1 the negative side is not computed. The two sides run one by one, so nothing is padded; both
+    texts are refined once, with the weights that are there now.
     """
-
-    def predict(latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        batch = len(latents)
-        return transformer(latents, t, text.expand(batch, -1, -1), (len(text),) * batch).float()
+    wanted = text_velocity(transformer, caption)
+    if guidance == 1:
+        return wanted
+    unwanted = text_velocity(transformer, negative)
 
     def velocity(latents: Tensor, t: Tensor) -> Tensor:
-        wanted = predict(latents, t, caption)
-        if guidance == 1:
-            return wanted
-        unwanted = predict(latents, t, negative)
-        return unwanted + guidance * (wanted - unwanted)
+        return guide(wanted(latents, t), unwanted(latents, t), guidance, normalise, rescale)
+
+    return velocity
+
+
+def text_velocity(transformer: Lumina2Transformer, text: Tensor) -> Velocity:
+    """The network's velocity in fp32 for one embedding (tokens, width), which is refined once, now."""
+    tokens = len(text)
+    refined = transformer.refine(text[None], (tokens,))
+
+    def velocity(latents: Tensor, t: Tensor) -> Tensor:
+        batch = len(latents)
+        return transformer.predict(latents, t, refined.repeat(batch, 1), (tokens,) * batch).float()
 
     return velocity
