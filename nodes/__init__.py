@@ -8,7 +8,7 @@ from .given import Lumina2DatasetFromImages, Lumina2DatasetFromLatents, Lumina2S
 from .loader import Lumina2LoadDiffusers
 from .preview import Lumina2PreviewDataset
 from .settings import Lumina2LoRASettings, Lumina2LyCORISSettings, Lumina2TrainingSettings
-from .train import TrainLumina2LoRA
+from .train import TrainLumina2Full, TrainLumina2LoRA
 from .validate import Lumina2ValidateSample
 
 
@@ -29,5 +29,6 @@ class Lumina2Extension(ComfyExtension):
             Lumina2LyCORISSettings,
             Lumina2TrainingSettings,
             TrainLumina2LoRA,
+            TrainLumina2Full,
             Lumina2ValidateSample,
         ]

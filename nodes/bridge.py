@@ -195,6 +195,13 @@ def trainable_transformer(model: comfy.model_patcher.ModelPatcher) -> Lumina2Tra
     return engine_transformer(model)
 
 
+def with_weights(model: comfy.model_patcher.ModelPatcher, weights: dict[str, Tensor]) -> Any:
+    """A MODEL as wired, with other weights (under ComfyUI's names, without a prefix); the wired one stays as it is."""
+    changed = model.clone()
+    changed.add_patches({f"diffusion_model.{name}": ("set", (weight,)) for name, weight in weights.items()})
+    return changed
+
+
 @contextmanager
 def training() -> Iterator[None]:
     """Autograd on, outside of inference mode; newer cores are told, as by their own trainer."""

@@ -43,8 +43,14 @@ def cache(kind: str) -> Store:
 
 
 def runs() -> RunStore:
-    loras = Path(folder_paths.get_folder_paths("loras")[0])
-    return RunStore(Path(folder_paths.get_output_directory(), SUBFOLDER), loras / SUBFOLDER)
+    loras, models = Path(folder_paths.get_folder_paths("loras")[0]), _models_folder()
+    return RunStore(Path(folder_paths.get_output_directory(), SUBFOLDER), loras / SUBFOLDER, models / SUBFOLDER)
+
+
+def _models_folder() -> Path:
+    """``models/diffusion_models``; ComfyUI lists its old name, ``models/unet``, first."""
+    folders = list(map(Path, folder_paths.get_folder_paths("diffusion_models")))
+    return next((folder for folder in folders if folder.name == "diffusion_models"), folders[0])
 
 
 def lora_file(name: str) -> Path:

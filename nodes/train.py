@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +12,10 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..training.cache.latents import LatentCache
 from ..training.cache.texts import TextCache
-from ..training.config.adapter import AdapterSettings, LoRASettings
+from ..training.config.adapter import AdapterSettings, FullSettings, LoRASettings
 from ..training.config.optim import OptimizerSettings
-from ..training.config.settings import RESUME, Config, TrainSettings, with_values
+from ..training.config.settings import RESUME, Config, TrainSettings
+from ..training.errors import SettingError
 from ..training.run.session import Outcome, Request, train_lora
 from . import places
 from .progress import Progress, RunProgress
@@ -31,21 +34,8 @@ class TrainLumina2LoRA(io.ComfyNode):
             description="Trains a LoRA on the cached pictures and captions. Queueing it again with the same settings "
             "hands out what was trained.",
             inputs=[
-                io.Model.Input("model", tooltip="The Lumina2 to train on, with whatever LoRAs are on it already."),
-                LatentsSocket.Input("latents", tooltip="From Cache Latents."),
-                EmbedsSocket.Input("embeds", tooltip="From Cache Text Embeds, of the same dataset."),
-                io.String.Input(
-                    "run_name",
-                    default="my-lora",
-                    tooltip="Names the LoRA file and the run's folder. Another training never overwrites it.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=1000,
-                    min=1,
-                    max=10_000_000,
-                    tooltip="Optimiser steps in all; 500–2000 for most LoRAs. More steps later go on from here.",
-                ),
+                *_sources("The Lumina2 to train on, with whatever LoRAs are on it already."),
+                *_main_widgets("my-lora", "Names the LoRA file and the run's folder.", "500–2000 for most LoRAs"),
                 io.Float.Input(
                     "learning_rate",
                     default=1e-4,
@@ -62,49 +52,9 @@ class TrainLumina2LoRA(io.ComfyNode):
                     max=1024,
                     tooltip="How much the LoRA can learn: 8–32 for most uses. LoRA Settings win over it.",
                 ),
-                io.Int.Input("batch_size", default=1, min=1, max=1024, tooltip="Pictures a step; 1–4 for most uses."),
-                io.Int.Input(
-                    "seed",
-                    default=42,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=False,
-                    tooltip="Decides everything that is random; the same seed trains the same LoRA.",
-                ),
-                io.Combo.Input(
-                    "resume",
-                    options=list(RESUME),
-                    tooltip="continue: go on where this run was left. from checkpoint: start from the one named below.",
-                ),
-                io.String.Input(
-                    "checkpoint",
-                    default="",
-                    optional=True,
-                    tooltip="For resume from checkpoint: <run>/checkpoint-400, of this or another run.",
-                ),
-                io.Int.Input(
-                    "continue_token",
-                    default=0,
-                    min=0,
-                    max=2**31,
-                    optional=True,
-                    control_after_generate=False,
-                    tooltip="Raised to go on with a run that was stopped and kept.",
-                ),
-                io.Int.Input(
-                    "attempt",
-                    default=0,
-                    min=0,
-                    max=2**31,
-                    optional=True,
-                    control_after_generate=False,
-                    tooltip="Raised to train the same settings once more from the start.",
-                ),
+                *_further_widgets(),
                 AdapterSocket.Input("adapter", optional=True, tooltip="LoRA Settings; they win over the rank above."),
-                io.Vae.Input("vae", optional=True, tooltip="Draws samples of the first two captions at the end."),
-                ConfigSocket.Input(
-                    "config", optional=True, tooltip="Training Settings; what they set wins over the widgets here."
-                ),
+                *_further_sources(),
             ],
             outputs=[
                 io.Model.Output(
@@ -122,74 +72,225 @@ class TrainLumina2LoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        latents: LatentCache,
-        embeds: TextCache,
-        run_name: str,
-        steps: int,
-        learning_rate: float,
-        rank: int,
-        batch_size: int,
-        seed: int,
-        resume: str,
-        checkpoint: str = "",
-        continue_token: int = 0,
-        attempt: int = 0,
-        adapter: AdapterSettings | None = None,
-        vae: Any = None,
-        config: Config | None = None,
-    ) -> io.NodeOutput:
-        from .bridge import trainable_transformer, training
+    def execute(cls, model: Any, rank: int, adapter: AdapterSettings | None = None, **inputs: Any) -> io.NodeOutput:
         from .draw import with_lora
 
-        settings = TrainSettings(
+        config = inputs.get("config")
+        chosen = adapter or (config.adapter if config else None) or LoRASettings(rank)
+        if isinstance(chosen, FullSettings):
+            raise SettingError("config asks for a full fine-tune. Wire it into Train Lumina2 (full fine-tune) instead.")
+        trained = _train(cls.hidden.unique_id, model, chosen, **inputs)
+        return trained.output(with_lora(model, trained.outcome.lora, 1.0), trained.outcome.lora)
+
+
+class TrainLumina2Full(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrainLumina2Full",
+            display_name="Train Lumina2 (full fine-tune)",
+            category="Lumina2",
+            description="Trains all weights of the model. It needs its own copy of them, and much more memory than a "
+            "LoRA. Queueing it again with the same settings hands out what was trained.",
+            inputs=[
+                *_sources("The Lumina2 to start from; it stays as it is."),
+                *_main_widgets("my-model", "Names the model file and the run's folder.", "2000–5000 for most"),
+                io.Float.Input(
+                    "learning_rate",
+                    default=1e-5,
+                    min=1e-8,
+                    max=1.0,
+                    step=1e-7,
+                    round=1e-10,
+                    tooltip="0.00001 down to 0.000001: far less than a LoRA's.",
+                ),
+                *_further_widgets(),
+                io.String.Input(
+                    "targets",
+                    default="",
+                    optional=True,
+                    tooltip="attention, attention+ff or blocks trains only those layers. Empty: everything.",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="",
+                    optional=True,
+                    tooltip="Which blocks: 0-12,20 of the main layers, noise_refiner, context_refiner. Empty: all.",
+                ),
+                *_further_sources(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The trained model."),
+                io.String.Output(display_name="model_name", tooltip="The file's name under models/diffusion_models."),
+                LossMapSocket.Output(display_name="LOSS_MAP", tooltip="For Plot Loss Graph."),
+                io.Image.Output(display_name="samples", tooltip="Samples of the first two captions; needs a VAE."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def execute(cls, model: Any, targets: str = "", blocks: str = "", **inputs: Any) -> io.NodeOutput:
+        from .bridge import with_weights
+
+        config = inputs.get("config")
+        own = config.adapter if config and isinstance(config.adapter, FullSettings) else FullSettings()
+        chosen = replace(own, targets=targets.strip() or own.targets, blocks=blocks.strip() or own.blocks)
+        trained = _train(cls.hidden.unique_id, model, chosen, **inputs)
+        return trained.output(with_weights(model, trained.outcome.lora))
+
+
+def _sources(model: str) -> list[Any]:
+    return [
+        io.Model.Input("model", tooltip=model),
+        LatentsSocket.Input("latents", tooltip="From Cache Latents."),
+        EmbedsSocket.Input("embeds", tooltip="From Cache Text Embeds, of the same dataset."),
+    ]
+
+
+def _main_widgets(name: str, what: str, usual_steps: str) -> list[Any]:
+    return [
+        io.String.Input("run_name", default=name, tooltip=f"{what} Another training never overwrites it."),
+        io.Int.Input(
+            "steps",
+            default=1000,
+            min=1,
+            max=10_000_000,
+            tooltip=f"Optimiser steps in all; {usual_steps}. More steps later go on from here.",
+        ),
+    ]
+
+
+def _further_widgets() -> list[Any]:
+    return [
+        io.Int.Input("batch_size", default=1, min=1, max=1024, tooltip="Pictures a step; 1–4 for most uses."),
+        io.Int.Input(
+            "seed",
+            default=42,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=False,
+            tooltip="Decides everything that is random; the same seed trains the same LoRA.",
+        ),
+        io.Combo.Input(
+            "resume",
+            options=list(RESUME),
+            tooltip="continue: go on where this run was left. from checkpoint: start from the one named below.",
+        ),
+        io.String.Input(
+            "checkpoint",
+            default="",
+            optional=True,
+            tooltip="For resume from checkpoint: <run>/checkpoint-400, of this or another run.",
+        ),
+        io.Int.Input(
+            "continue_token",
+            default=0,
+            min=0,
+            max=2**31,
+            optional=True,
+            control_after_generate=False,
+            tooltip="Raised to go on with a run that was stopped and kept.",
+        ),
+        io.Int.Input(
+            "attempt",
+            default=0,
+            min=0,
+            max=2**31,
+            optional=True,
+            control_after_generate=False,
+            tooltip="Raised to train the same settings once more from the start.",
+        ),
+    ]
+
+
+def _further_sources() -> list[Any]:
+    return [
+        io.Vae.Input("vae", optional=True, tooltip="Draws samples of the first two captions at the end."),
+        ConfigSocket.Input(
+            "config", optional=True, tooltip="Training Settings; what they set wins over the widgets here."
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training gave, and what is still needed to draw with it."""
+
+    outcome: Outcome
+    folder: str  # under models/loras or models/diffusion_models
+    draw: Callable[[Any], torch.Tensor] | None  # samples with a MODEL; None without a VAE
+    progress: Progress
+
+    def output(self, model: Any, *more: Any) -> io.NodeOutput:
+        """The node's outputs: MODEL, ``more``, the file's name, the losses and the samples."""
+        outcome = self.outcome
+        losses: Any = {"loss": outcome.losses}
+        if len(set(outcome.losses)) < 2:
+            losses = ExecutionBlocker("The run logged fewer than two different losses: there is nothing to plot.")
+        samples: Any = ExecutionBlocker("Wire a VAE into the train node to get samples.")
+        if self.draw:
+            samples = self.draw(model)
+        name = f"{places.SUBFOLDER}/{outcome.run.folder}.safetensors"
+        summary = f"{outcome.run.folder}: {outcome.run.step} steps. {outcome.message}. {self.folder}: {name}"
+        self.progress.say(summary)
+        shown = {"text": (summary,), "lumina2": [{"run_id": outcome.run.folder}]}
+        return io.NodeOutput(model, *more, name, losses, samples, ui=shown)
+
+
+def _train(
+    node_id: str | None,
+    model: Any,
+    adapter: AdapterSettings,
+    latents: LatentCache,
+    embeds: TextCache,
+    run_name: str,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    resume: str,
+    checkpoint: str = "",
+    continue_token: int = 0,
+    attempt: int = 0,
+    vae: Any = None,
+    config: Config | None = None,
+) -> Trained:
+    """Train, or hand out what was trained before; what the config says wins over the widgets."""
+    from .bridge import trainable_transformer, training
+
+    config = config or Config({})
+    settings = config.training(
+        TrainSettings(
             steps=steps,
             batch_size=batch_size,
             seed=seed,
-            adapter=adapter or LoRASettings(rank),
+            adapter=adapter,
             optimizer=OptimizerSettings(learning_rate=learning_rate),
         )
-        settings = with_values(settings, config.values if config else {})
-        progress = Progress(cls.hidden.unique_id, settings.steps)
-        progress.say("loading the model")
-        transformer = trainable_transformer(model)
-        with training():
-            outcome = train_lora(
-                transformer,
-                latents,
-                embeds,
-                settings,
-                Request(run_name, resume, checkpoint, continue_token, attempt),
-                places.runs(),
-                model.model.process_latent_in,
-                RunProgress(progress, settings.steps),
-                encode=vae.encode if vae is not None else None,
-            )
-        trained = with_lora(model, outcome.lora, 1.0)
-        loss_map = {"loss": outcome.losses}
-        if len(set(outcome.losses)) < 2:
-            loss_map = ExecutionBlocker("The run logged fewer than two different losses: there is nothing to plot.")
-        samples = ExecutionBlocker("Wire a VAE into Train Lumina2 LoRA to get samples.")
-        if vae is not None:
-            samples = _samples(trained, vae, latents, embeds, seed, progress)
-        summary = _summary(outcome)
-        progress.say(summary)
-        lora_name = f"{places.SUBFOLDER}/{outcome.run.folder}.safetensors"
-        return io.NodeOutput(
-            trained,
-            outcome.lora,
-            lora_name,
-            loss_map,
-            samples,
-            ui={"text": (summary,), "lumina2": [{"run_id": outcome.run.folder}]},
+    )
+    progress = Progress(node_id, settings.steps)
+    progress.say("loading the model")
+    transformer = trainable_transformer(model)
+    with training():
+        outcome = train_lora(
+            transformer,
+            latents,
+            embeds,
+            settings,
+            Request(run_name.strip() or config.run_name, resume, checkpoint, continue_token, attempt),
+            places.runs(),
+            model.model.process_latent_in,
+            RunProgress(progress, settings.steps),
+            encode=vae.encode if vae is not None else None,
         )
-
-
-def _summary(outcome: Outcome) -> str:
-    run = outcome.run
-    return f"{run.folder}: {run.step} steps. {outcome.message}. LoRA: {places.SUBFOLDER}/{run.folder}.safetensors"
+    return Trained(
+        outcome,
+        "Model" if settings.full_fine_tune else "LoRA",
+        (lambda trained: _samples(trained, vae, latents, embeds, settings.seed, progress)) if vae is not None else None,
+        progress,
+    )
 
 
 def _samples(

@@ -107,3 +107,20 @@ def test_impossible_settings_name_themselves(server):
         with pytest.raises(ServerError, match=sentence):
             server.run(graph)
     assert not (server.base / "output" / "lumina2" / "impossible").exists()
+
+
+def test_a_full_fine_tune_gives_a_model_of_its_own(server):
+    graph = workflow("whole model", steps=4, learning_rate=1e-3)
+    del graph["lora"], graph["train"]["inputs"]["adapter"], graph["train"]["inputs"]["rank"]
+    graph["train"]["class_type"] = "TrainLumina2Full"
+    graph |= sampled("whole trained", ["train", 0]) | sampled("whole base", ["model", 0])
+    server.run(graph)
+    (trained,), (base,) = pictures(server, "whole trained"), pictures(server, "whole base")
+    assert np.abs(trained - base).max() > 10
+    file = server.base / "models" / "diffusion_models" / "lumina2" / "whole model.safetensors"
+    before = file.read_bytes()
+    server.run(graph)  # handed out, and the base is what it was
+    assert np.array_equal(pictures(server, "whole trained")[-1], trained)
+    assert np.array_equal(pictures(server, "whole base")[-1], base)
+    assert file.read_bytes() == before
+    assert run_json(server, "whole model")["settings"]["full_targets"] == ""

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from ..errors import SettingError
-from .adapter import AdapterSettings, FullSettings, LoRASettings
+from .adapter import AdapterSettings, FullSettings, LoRASettings, LyCORISSettings
 from .checks import require
 from .objective import ObjectiveSettings
 from .optim import OptimizerSettings
 from .precision import PrecisionSettings
+from .report import ReportSettings
+from .validation import ValidationSettings
 
 RESUME = ("continue", "from checkpoint")
 _WINDOWS_NAMES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}
@@ -63,28 +65,63 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Config:
-    """Settings that were chosen, by the names of ``TrainSettings.written``: what a LUMINA2_CONFIG carries."""
+    """Settings that were chosen, by name: those of ``TrainSettings.written``, ``ValidationSettings`` and
+    ``ReportSettings``. What a LUMINA2_CONFIG carries.
+
+    Raises:
+        SettingError: a name is unknown.
+    """
 
     values: Mapping[str, Any]
+    adapter: AdapterSettings | None = None  # what kind is trained, where nothing else says so
+    run_name: str = ""  # for a node that names none
+
+    def __post_init__(self) -> None:
+        known = {*TrainSettings().written(), *_adapter_names(), *_names(ValidationSettings), *_names(ReportSettings)}
+        for name in self.values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"do you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}."
+                raise SettingError(f"There is no setting {name!r}; {hint}")
 
     def check(self) -> None:
         """Raises SettingError where a value is not possible in any run."""
-        with_values(TrainSettings(steps=2**31, optimizer=OptimizerSettings(learning_rate=0.1)), self.values)
+        self.training(TrainSettings(steps=2**31, optimizer=OptimizerSettings(learning_rate=0.1)))
+        _ = self.validation, self.report
+
+    def training(self, settings: TrainSettings) -> TrainSettings:
+        """``settings`` with what was chosen; an adapter's own where the adapter is of that kind."""
+        known = settings.written()
+        return with_values(settings, {name: value for name, value in self.values.items() if name in known})
+
+    @property
+    def validation(self) -> ValidationSettings:
+        return ValidationSettings(**{n: self.values[n] for n in _names(ValidationSettings) if n in self.values})
+
+    @property
+    def report(self) -> ReportSettings:
+        return ReportSettings(**{n: self.values[n] for n in _names(ReportSettings) if n in self.values})
+
+
+def _names(group: Any) -> list[str]:
+    return [each.name for each in fields(group)]
+
+
+def _adapter_names() -> set[str]:
+    return {name for kind in (LoRASettings, LyCORISSettings, FullSettings) for name in _written_adapter(kind())}
+
+
+def _written_adapter(adapter: AdapterSettings) -> dict[str, Any]:
+    return _written(adapter, _prefix("adapter", adapter))
 
 
 def with_values(settings: TrainSettings, values: Mapping[str, Any]) -> TrainSettings:
     """Settings with other values, by the names of ``TrainSettings.written``.
 
     Raises:
-        SettingError: a name is unknown, or a value is not possible.
+        SettingError: a value is not possible.
     """
-    known = settings.written()
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"do you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}."
-            raise SettingError(f"There is no setting {name!r}; {hint}")
-    return _with(settings, "", {**known, **values})
+    return _with(settings, "", {**settings.written(), **values})
 
 
 def _with(group: Any, prefix: str, values: Mapping[str, Any]) -> Any:
