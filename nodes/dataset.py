@@ -117,6 +117,11 @@ def _rare() -> list[Any]:
         io.Int.Input("rescan", default=0, min=0, max=2**31, optional=True, control_after_generate=False,
                      tooltip="Raise it to look at every file again. Only needed above 20,000 files, where a change "
                      "inside a file is not noticed by itself."),
+        io.Float.Input("sigma_min", default=0.0, min=0.0, max=0.99, step=0.05, optional=True,
+                       tooltip="Only noise levels from here are trained on with these pictures; 0 is none. Above 0.3 "
+                       "they teach composition rather than detail."),
+        io.Float.Input("sigma_max", default=1.0, min=0.01, max=1.0, step=0.05, optional=True,
+                       tooltip="Only noise levels up to here; 1 is pure noise. Below 0.6 they teach detail."),
     ]  # fmt: skip
 
 
@@ -390,6 +395,8 @@ def dataset_settings(
             end_step=rare["end_step"],
             is_regularisation_data=is_regularisation_data,
             max_num_samples=rare["max_num_samples"],
+            sigma_min=rare["sigma_min"] or None,
+            sigma_max=rare["sigma_max"] if rare["sigma_max"] < 1 else None,
         ),
         cache=CacheSettings(
             write_batch_size=rare["write_batch_size"],

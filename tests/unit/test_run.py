@@ -534,3 +534,31 @@ def test_going_on_is_exact_whatever_is_trained_with(run, store, tmp_path, change
         averages = [load_file(folder / "cats-ema.safetensors") for folder in (store.loras, run.store.loras)]
         assert same(*averages)
         assert not same(averages[0], whole.lora)
+
+
+def test_a_dataset_may_have_noise_levels_of_its_own(tmp_path):
+    objective = ObjectiveSettings(sigma_max=0.9)
+    for own, low, high in (
+        ({}, 0, 0.9),
+        ({"sigma_min": 0.5}, 0.5, 0.9),
+        ({"sigma_min": 0.2, "sigma_max": 0.3}, 0.2, 0.3),
+    ):
+        caches = given(tmp_path / str(own), **own)
+        with Batches(*caches, replace(SETTINGS, objective=objective), lambda z: z) as batches:
+            sigmas = torch.cat([batches.take(step).sigmas for step in range(60)])
+        assert low <= sigmas.min() < low + 0.1 * (high - low) + 0.1
+        assert high - 0.1 < sigmas.max() <= high
+    caches = given(tmp_path, sigma_min=0.95)
+    with pytest.raises(SettingError, match=r"Dataset .*sigma_m"):
+        Batches(*caches, replace(SETTINGS, objective=objective), lambda z: z)
+
+
+def test_a_datasets_steps_are_optimiser_steps(tmp_path):
+    """With accumulation a step takes several batches."""
+    for accumulated in (1, 3):
+        optimizer = OptimizerSettings(gradient_accumulation_steps=accumulated)
+        caches = given(tmp_path / str(accumulated), end_step=2)
+        with Batches(*caches, replace(SETTINGS, optimizer=optimizer), lambda z: z) as batches:
+            batches.make(2 * accumulated - 1)
+            with pytest.raises(DataError, match="No dataset is drawn from"):
+                batches.make(2 * accumulated)

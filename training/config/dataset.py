@@ -195,8 +195,19 @@ class MixSettings:
     max_num_samples: int = 0  # 0: all; else so many, chosen by their id
     conditioning_type: str = ""  # "mask", of a dataset_type conditioning
     conditioning_data: str = ""  # the id of the dataset that holds the masks
+    timestep_sampling_offset: float | None = None  # as the objective's, for this dataset; None: that one holds
+    sigma_min: float | None = None
+    sigma_max: float | None = None
 
     def __post_init__(self) -> None:
+        low, high = (
+            (0.0 if self.sigma_min is None else self.sigma_min),
+            (1.0 if self.sigma_max is None else self.sigma_max),
+        )
+        require(0 <= low < 1, "sigma_min", self.sigma_min, "choose 0 to below 1")
+        require(low < high <= 1, "sigma_max", self.sigma_max, f"choose above sigma_min ({low:g}) to 1")
+        offset = self.timestep_sampling_offset
+        require(offset is None or -10 <= offset <= 10, "timestep_sampling_offset", offset, "choose about -1 to 1")
         one_of("dataset_type", self.dataset_type, DATASET_TYPES)
         require(0 <= self.repeats <= 1_000_000, "repeats", self.repeats, "choose 0 or more extra passes")
         require(self.probability >= 0, "probability", self.probability, "choose 0 or more")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..cache.latents import Encode, LatentCache
+from ..cache.latents import Encode, LatentCache, LatentPart
 from ..cache.store import Catalog, Writer, key_of
 from ..cache.texts import TextCache
 from ..config.dataset import MixSettings
@@ -160,6 +160,7 @@ class Batches:
         self._settings, self._scale, self._stride = settings, scale_latents, processes.count
         self.per_step = settings.optimizer.gradient_accumulation_steps * processes.count
         self._parts = latents.parts
+        self._objectives = [_objective(settings.objective, part) for part in latents.parts]
         self._examples = join(latents, texts)
         self._texts, self._empty = texts.rows(), texts.empty
         self._text_entries = texts.store.open()
@@ -171,8 +172,9 @@ class Batches:
                 "encoded while training. Wire a VAE into the train node, or switch the cache on."
             )
         self._online = [_Online(p.online, encode) if p.online and encode else None for p in latents.parts]
+        joined = zip(self._examples, latents.parts, strict=True)
         self.sampler = Sampler(
-            [_pool(examples, part.mix) for examples, part in zip(self._examples, latents.parts, strict=True)],
+            [_pool(examples, part.mix, self.per_step) for examples, part in joined],
             settings.batch_size,
             settings.seed,
             settings.data_backend_sampling,
@@ -212,7 +214,7 @@ class Batches:
     def make(self, number: int) -> Batch:
         draw = self.sampler.batch(number)
         examples, part = self._examples[draw.part], self._parts[draw.part]
-        settings, objective = self._settings, self._settings.objective
+        settings, objective = self._settings, self._objectives[draw.part]
         dropout = objective.caption_dropout_probability if part.caption_dropout is None else part.caption_dropout
         optimizer_step = number // self.per_step
         perturbed = perturbation(objective, optimizer_step)
@@ -327,7 +329,21 @@ class _Online:
             return self._encode(torch.from_numpy(np.stack(pictures)).float().div_(255)).cpu()
 
 
-def _pool(examples: Examples, mix: MixSettings) -> Pool:
+def _objective(settings: ObjectiveSettings, part: LatentPart) -> ObjectiveSettings:
+    """With what a dataset has of its own.
+
+    Raises:
+        SettingError: the two contradict each other.
+    """
+    names = ("timestep_sampling_offset", "sigma_min", "sigma_max")
+    own = {name: getattr(part.mix, name) for name in names if getattr(part.mix, name) is not None}
+    try:
+        return replace(settings, **own)
+    except SettingError as error:
+        raise SettingError(f"Dataset {part.id!r}: {error}") from None
+
+
+def _pool(examples: Examples, mix: MixSettings, per_step: int) -> Pool:
     buckets = np.unique(examples.shapes, axis=0, return_inverse=True)[1].reshape(-1)
     return Pool(
         buckets=buckets,
@@ -335,8 +351,8 @@ def _pool(examples: Examples, mix: MixSettings) -> Pool:
         probability=mix.probability,
         start_epoch=mix.start_epoch,
         end_epoch=mix.end_epoch,
-        start_step=mix.start_step,
-        end_step=mix.end_step,
+        start_step=mix.start_step * per_step,
+        end_step=mix.end_step * per_step,
     )
 
 
