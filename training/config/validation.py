@@ -13,7 +13,7 @@ from .checks import one_of, require
 
 EVALUATIONS = ("none", "clip")
 EMA_VALIDATION = ("comparison", "ema_only", "none")
-CLIP = "openai/clip-vit-large-patch14-336"
+CLIP = "openai/clip-vit-large-patch14"  # its weights are there as safetensors; of the larger -336 they may not be
 LIBRARY = Path(__file__).resolve().parents[2] / "assets" / "prompts" / "library.json"
 PATCH_PX = 16  # two by two places of a latent that is an eighth of the picture
 MAX_SIDE_PX = 512 * PATCH_PX  # the rotary table's end
@@ -50,7 +50,7 @@ class ValidationSettings:
     cfg_trunc_ratio: float = 1.0  # the share of the steps, from the first, in which guidance acts
     cfg_normalization: bool = False  # guidance keeps the length of the prediction; KSampler does not do this
     validation_num_inference_steps: int = 30
-    validation_shift: float = 6.0  # of the noise levels; Lumina2's own
+    validation_shift: float = 0.0  # of the noise levels; 0: the model's own, which is 6 for Lumina-Image-2.0
     validation_resolution: str = "1024x1024"  # several by commas
     validation_seed: int = 42
     num_validation_images: int = 1  # of each prompt, each with the next seed
@@ -75,7 +75,7 @@ class ValidationSettings:
             check(name, 0 <= getattr(self, name) <= 1, "choose 0 to 1")
         for name in ("validation_num_inference_steps", "num_validation_images", "eval_timesteps"):
             check(name, 1 <= getattr(self, name) <= 1000, "choose 1 to 1000")
-        check("validation_shift", 0 < self.validation_shift <= 100, "choose above 0 to 100; 6 is Lumina2's own")
+        check("validation_shift", 0 <= self.validation_shift <= 100, "choose 0 (the model's own) to 100")
         check("validation_seed", 0 <= self.validation_seed < 2**64, "choose a number from 0 to 18446744073709551615")
         counts = ("validation_step_interval", "eval_steps_interval", "num_eval_images", "early_stopping_patience")
         for name in counts:

@@ -13,6 +13,8 @@ from ..objective.sigmas import sampling_sigmas
 from .euler import guided_velocity, sample_euler, text_velocity
 from .guidance import guided_steps
 
+LUMINA2_SHIFT = 6.0  # static, in inference
+
 
 def picture_seed(seed: int, number: int) -> int:
     """The seed of a prompt's picture ``number``, from 0: the same for every prompt, whatever others are drawn."""
@@ -31,6 +33,7 @@ def draw_latents(
     negative: Tensor,
     noise: Tensor,
     settings: ValidationSettings,
+    shift: float = LUMINA2_SHIFT,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Latents (1, C, h, w) in the transformer's units, fp32, on its device; equal to diffusers' ``Lumina2Pipeline``.
@@ -38,11 +41,12 @@ def draw_latents(
     Args:
         caption, negative: embeddings (tokens, width).
         noise: of ``picture_noise``.
+        shift: the model's own, where the settings name none.
         on_step: called before each step with its number, from 0; what it raises ends the drawing.
     """
     device = transformer.final_layer.linear.weight.device
     steps = settings.validation_num_inference_steps
-    sigmas = sampling_sigmas(steps, settings.validation_shift)
+    sigmas = sampling_sigmas(steps, settings.validation_shift or shift)
     caption, latents = caption.to(device), noise.to(device)
     first = guided_steps(steps, settings.cfg_trunc_ratio) if settings.validation_guidance != 1 else 0
     if first:
