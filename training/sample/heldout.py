@@ -68,7 +68,8 @@ def fixed_draws(key: str, shape: tuple[int, ...], levels: int) -> tuple[Tensor, 
     The levels are stratified: one in each of as many equal parts of (0, 1), at a place that differs from picture to
     picture, so that all pictures together cover the whole range.
     """
-    generator = torch.Generator().manual_seed(int(key[:15], 16))
+    mixed = np.random.SeedSequence(int(key, 16)).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(mixed) % 2**63)
     place = torch.rand((), generator=generator)
     sigmas = (torch.arange(levels) + place) / levels
     return sigmas, torch.randn((levels, *shape), generator=generator)
