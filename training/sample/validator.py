@@ -298,7 +298,8 @@ class SampleValidator:
         settings = self.settings
         losses: dict[bool, float] = {}
         scores: dict[str, float] = {}
-        for ema, weights in variants(moment.state, settings):
+        looked_at = variants(moment.state, settings)
+        for ema, weights in looked_at if moment.step else looked_at[:1]:  # at the start they are the same
             with undisturbed(moment.transformer), weights():
                 by_dataset = self._losses(moment)
             losses[ema] = fmean(loss for each in by_dataset.values() for loss in each)
