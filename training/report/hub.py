@@ -285,10 +285,11 @@ def status_of(error: BaseException) -> int | None:
 
 
 def reason(error: BaseException) -> str:
-    """What an error of the hub says, on one line, without the headers and addresses that came with it."""
+    """What an error says, on one line; of an answer from the hub without the headers and address that came with it."""
     status, said = status_of(error), getattr(error, "server_message", None)
     if status is not None:
         meant = {401: "the token is not accepted", 403: "the token may not write there", 404: "there is no such place"}
         return f"{said or meant.get(status, 'it answered with an error')} (HTTP {status})"
     text = " ".join(str(error).split())
-    return text[:200] if isinstance(error, (RefusedError, OSError, Lumina2Error)) and text else type(error).__name__
+    kind = "" if isinstance(error, (RefusedError, OSError, Lumina2Error)) else type(error).__name__
+    return ": ".join(filter(None, (kind, text[:200]))) or type(error).__name__

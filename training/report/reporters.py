@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..config.report import ReportSettings
-from ..errors import Lumina2Error
 from ..run.events import Between, CheckpointSaved, Ended, Event, Listener, Started, Validated
 from ..run.folder import RunStore
 from .hub import HubListener, ToDiffusers, reason, write_card, write_for_diffusers
@@ -106,10 +105,7 @@ class _Reporters:
         try:
             part.listen(event)
         except Exception as error:  # a tracker's trouble is not the run's
-            if isinstance(error, ModuleNotFoundError):
-                why = f"{error.name} is not installed; run `pip install {error.name}` with ComfyUI's Python"
-            else:
-                why = str(error).rstrip(".") if isinstance(error, Lumina2Error) else reason(error)
+            why = reason(error).rstrip(".")
             self._collect(f"{part.name} was not told of everything: {why}. The training goes on without it.")
 
     def _collect(self, sentence: str) -> None:
