@@ -1,0 +1,1 @@
+"""SimpleTuner's ``config.json``: which options there are, what they mean here, reading and writing."""
