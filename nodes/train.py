@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
+from PIL import Image
 
 from ..training.cache.latents import LatentCache
 from ..training.cache.texts import TextCache
@@ -16,6 +19,7 @@ from ..training.config.adapter import AdapterSettings, FullSettings, LoRASetting
 from ..training.config.optim import OptimizerSettings
 from ..training.config.settings import RESUME, Config, TrainSettings
 from ..training.errors import SettingError
+from ..training.run.events import to_all
 from ..training.run.session import Outcome, Request, train_lora
 from . import places
 from .progress import Progress, RunProgress
@@ -64,7 +68,10 @@ class TrainLumina2LoRA(io.ComfyNode):
                 LoraModelSocket.Output(display_name="LORA_MODEL", tooltip="For LoraModelLoader and SaveLoRA."),
                 io.String.Output(display_name="lora_name", tooltip="The file's name under models/loras."),
                 LossMapSocket.Output(display_name="LOSS_MAP", tooltip="For Plot Loss Graph."),
-                io.Image.Output(display_name="samples", tooltip="Samples of the first two captions; needs a VAE."),
+                io.Image.Output(
+                    display_name="samples",
+                    tooltip="The last samples of the validation prompts, or of the first two captions; needs a VAE.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -123,7 +130,10 @@ class TrainLumina2Full(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The trained model."),
                 io.String.Output(display_name="model_name", tooltip="The file's name under models/diffusion_models."),
                 LossMapSocket.Output(display_name="LOSS_MAP", tooltip="For Plot Loss Graph."),
-                io.Image.Output(display_name="samples", tooltip="Samples of the first two captions; needs a VAE."),
+                io.Image.Output(
+                    display_name="samples",
+                    tooltip="The last samples of the validation prompts, or of the first two captions; needs a VAE.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -207,10 +217,13 @@ def _further_widgets() -> list[Any]:
 
 def _further_sources() -> list[Any]:
     return [
-        io.Vae.Input("vae", optional=True, tooltip="Draws samples of the first two captions at the end."),
+        io.Vae.Input(
+            "vae", optional=True, tooltip="Draws the samples: of the validation prompts, or of the first two captions."
+        ),
         ConfigSocket.Input(
             "config", optional=True, tooltip="Training Settings; what they set wins over the widgets here."
         ),
+        io.Clip.Input("clip", optional=True, tooltip="Reads prompts that are typed into the panel in mid-run."),
     ]
 
 
@@ -256,9 +269,14 @@ def _train(
     attempt: int = 0,
     vae: Any = None,
     config: Config | None = None,
+    clip: Any = None,
 ) -> Trained:
     """Train, or hand out what was trained before; what the config says wins over the widgets."""
-    from .bridge import trainable_transformer, training
+    from ..training.report.login import check_logins
+    from ..training.report.reporters import reporters
+    from ..training.report.story import About, dataset_facts
+    from ..training.sample.validator import SampleValidator
+    from .bridge import embed_text, trainable_transformer, training
 
     config = config or Config({})
     settings = config.training(
@@ -271,26 +289,54 @@ def _train(
         )
     )
     progress = Progress(node_id, settings.steps)
+    check_logins(config.report)
     progress.say("loading the model")
     transformer = trainable_transformer(model)
+    scale, unscale = model.model.process_latent_in, model.model.process_latent_out
+    store = places.runs()
     with training():
+        validator = SampleValidator(
+            embeds,
+            latents,
+            scale,
+            decode=(lambda drawn: vae.decode(unscale(drawn))) if vae is not None else None,
+            embed=(lambda text: embed_text(clip, text)[0].float()) if clip is not None else None,
+            shift=model.get_model_object("model_sampling").shift,
+            last_step=settings.steps,
+        )
         outcome = train_lora(
             transformer,
             latents,
             embeds,
             settings,
             Request(run_name.strip() or config.run_name, resume, checkpoint, continue_token, attempt),
-            places.runs(),
-            model.model.process_latent_in,
-            RunProgress(progress, settings.steps),
+            store,
+            scale,
+            to_all(
+                [
+                    RunProgress(progress, settings.steps),
+                    reporters(config.report, store, progress.say, About(datasets=dataset_facts(latents))),
+                ]
+            ),
             encode=vae.encode if vae is not None else None,
+            validator=validator,
         )
-    return Trained(
-        outcome,
-        "Model" if settings.full_fine_tune else "LoRA",
-        (lambda trained: _samples(trained, vae, latents, embeds, settings.seed, progress)) if vae is not None else None,
-        progress,
-    )
+    drawn = _drawn(store.path(outcome.run), outcome.run.step)
+
+    def draw(trained: Any) -> torch.Tensor:
+        return drawn if drawn is not None else _samples(trained, vae, latents, embeds, settings.seed, progress)
+
+    kind = "Model" if settings.full_fine_tune else "LoRA"
+    return Trained(outcome, kind, draw if vae is not None or drawn is not None else None, progress)
+
+
+def _drawn(run_folder: Path, step: int) -> torch.Tensor | None:
+    """The validation's pictures of a step, (N, height, width, 3) in [0, 1], those of the first one's size."""
+    pictures = []
+    for path in sorted((run_folder / "samples" / f"step-{step}").glob("*.png")):
+        with Image.open(path) as opened:
+            pictures.append(torch.from_numpy(np.array(opened.convert("RGB"))).float() / 255)
+    return torch.stack([each for each in pictures if each.shape == pictures[0].shape]) if pictures else None
 
 
 def _samples(
