@@ -8,7 +8,7 @@ import re
 import threading
 import xml.etree.ElementTree
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -20,8 +20,8 @@ from training.cache.store import Store
 from training.config.adapter import LoRASettings
 from training.config.dataset import MixSettings
 from training.config.optim import OptimizerSettings
-from training.config.report import REPORT_NAMES, ReportSettings, report_settings
-from training.config.settings import TrainSettings, deciding
+from training.config.report import ReportSettings
+from training.config.settings import Config, TrainSettings, deciding
 from training.errors import SettingError
 from training.model.config import TransformerConfig
 from training.model.transformer import Lumina2Transformer
@@ -468,9 +468,10 @@ def test_settings_are_simpletuners_and_decide_no_weight():
     assert settings.trackers == ("simpletuner", "wandb")
     assert ReportSettings(report_to="all").trackers == ("simpletuner", "tensorboard", "wandb")
     assert ReportSettings(report_to="none").trackers == ()
-    assert report_settings({"report_to": "wandb", "learning_rate": 1}) == ReportSettings(report_to="wandb")
-    assert report_settings(settings.public()) == settings
-    assert not {*REPORT_NAMES} & {*TrainSettings().written(), *deciding(TrainSettings())}
+    assert Config({"report_to": "wandb", "learning_rate": 1}).report == ReportSettings(report_to="wandb")
+    assert ReportSettings(**settings.public()) == settings
+    names = {each.name for each in fields(ReportSettings)}
+    assert not names & {*TrainSettings().written(), *deciding(TrainSettings())}
     assert ReportSettings().model_card_private is True
 
 

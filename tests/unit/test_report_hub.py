@@ -8,7 +8,7 @@ import torch
 import yaml
 from local_hub import local_hub
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from training.config.report import ReportSettings
 from training.config.settings import TrainSettings
@@ -43,10 +43,10 @@ def store(tmp_path):
     return RunStore(tmp_path / "output", tmp_path / "loras")
 
 
-def lora(path, width=16):
+def lora(path, width=2304):
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = "diffusion_model.layers.0.attention.qkv"
-    tensors = {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(24, 2)}
+    name, rows = "diffusion_model.layers.0.attention.qkv", width + 2 * width // 3
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(rows, 2)}
     save_file(tensors, path, {"modelspec.title": "cats", "ss_steps": "6", "lumina2_trainer.settings": "{}"})
 
 
@@ -54,7 +54,7 @@ class Told:
     """A run whose events are told by hand, with the files that a real one would write."""
 
     def __init__(self, store, settings, **options):
-        self.store, self.said = store, []
+        self.store, self.said, self.width = store, [], 2304
         run_settings = json.loads(json.dumps(TrainSettings(steps=6, batch_size=2).written()))
         self.run = Run("cats", "cats", "id", "running", 0, 6, settings=run_settings)
         self.folder = store.path(store.save(self.run))
@@ -76,12 +76,12 @@ class Told:
 
     def checkpoint(self, step):
         path = self.folder / f"checkpoint-{step}"
-        lora(path / "lora.safetensors")
+        lora(path / "lora.safetensors", self.width)
         (path / "checkpoint.json").write_text(json.dumps({"identity": "id", "step": step}))
         self.tell(CheckpointSaved(step, path))
 
-    def end(self, step=6, status="finished", width=16):
-        lora(self.store.file("cats"), width)
+    def end(self, step=6, status="finished"):
+        lora(self.store.file("cats"), self.width)
         self.tell(Ended(status, step, "", 1.0))
 
 
@@ -108,7 +108,8 @@ def test_checkpoints_and_the_end_are_pushed(hub, store):
     assert repo["private"]
     assert repo["commits"][-1] == "6 steps"
     assert repo["files"].keys() == {
-        "README.md", "cats.safetensors", "checkpoints/cats-3.safetensors", "checkpoints/cats-6.safetensors",
+        "README.md", "cats.safetensors", "pytorch_lora_weights.safetensors",
+        "checkpoints/cats-3.safetensors", "checkpoints/cats-6.safetensors",
         "samples/000000-cat.png", "samples/000003-cat.png", "samples/000006-cat.png",
     }  # fmt: skip
     assert repo["files"]["cats.safetensors"] == store.file("cats").read_bytes()
@@ -155,6 +156,9 @@ def test_a_hub_that_is_down_neither_ends_a_run_nor_holds_it_up(hub, store, monke
     whole(told)
     assert any("was not over in time" in sentence for sentence in told.said)
     assert store.file("cats").exists()
+    for thread in threading.enumerate():
+        if thread.name == "hub":
+            thread.join(30)
     hub.failures = []
     monkeypatch.setattr(hub_module, "WAITS_S", ())
     assert push_run(store, told.run, ReportSettings()) == f"{hub.url}/me/cats"
@@ -193,9 +197,6 @@ def test_a_repository_that_is_public_stays_so_and_that_is_said(hub, store):
 
 
 def test_the_card_tells_what_was_trained_and_how_to_use_it(hub, store):
-    def to_diffusers(ours, theirs):
-        theirs.write_bytes(ours.read_bytes())
-
     about = About(
         base_model="Alpha-VLLM/Lumina-Image-2.0",
         trigger="zorblax",
@@ -203,7 +204,7 @@ def test_the_card_tells_what_was_trained_and_how_to_use_it(hub, store):
         sampling={"steps": 12, "guidance": 4.5},
     )
     settings = ReportSettings(push_to_hub=True, model_card_note="For *tests*.", model_card_safe_for_work=False)
-    told = Told(store, settings, about=about, to_diffusers=to_diffusers)
+    told = Told(store, settings, about=about)
     whole(told)
     card = hub.repos["me/cats"]["files"]["README.md"].decode()
     head = front_matter(card)
@@ -212,7 +213,8 @@ def test_the_card_tells_what_was_trained_and_how_to_use_it(hub, store):
     assert {"lora", "comfyui", "not-for-all-audiences"} < set(head["tags"])
     assert head["instance_prompt"] == "zorblax"
     assert head["widget"] == [{"text": "a cat | on <a> mat", "output": {"url": "samples/000006-cat.png"}}]
-    assert "pytorch_lora_weights.safetensors" in hub.repos["me/cats"]["files"]
+    theirs = load(hub.repos["me/cats"]["files"]["pytorch_lora_weights.safetensors"])
+    assert "transformer.layers.0.attn.to_q.lora_A.weight" in theirs
     for wanted in (
         "For *tests*.", "a cat \\| on &lt;a> mat", "![](samples/000000-cat.png)", "`cats.safetensors`", "| cats | 20 |",
         'load_lora_weights("cats", weight_name="pytorch_lora_weights.safetensors")', "guidance_scale=4.5",
@@ -226,15 +228,18 @@ def test_the_card_tells_what_was_trained_and_how_to_use_it(hub, store):
 
 def test_the_card_claims_no_base_and_no_path_that_it_does_not_know(store):
     told = Told(store, ReportSettings())
+    told.width = 48
     told.run.settings["lora_init_lora"] = "/home/somebody/secret place/start.safetensors"
     whole(told)
     card = (told.folder / "README.md").read_text()
     assert "base_model" not in front_matter(card)
     assert "license" not in front_matter(card)
     assert "somebody" not in card
+    assert 'from_pretrained("the base model\'s folder"' in card
     assert "`start.safetensors`" in card
+    told.width = 2304
     told.start(6)
-    told.end(width=2304)
+    told.end()
     assert front_matter((told.folder / "README.md").read_text())["base_model"] == "Alpha-VLLM/Lumina-Image-2.0"
 
 

@@ -146,19 +146,9 @@ class ReportSettings:
         return values
 
 
-REPORT_NAMES = tuple(each.name for each in fields(ReportSettings))
 _EXAMPLE = (
     '{"webhook_type": "discord", "webhook_url": "https://…"} or {"webhook_type": "raw", "callback_url": "https://…"}'
 )
-
-
-def report_settings(values: Mapping[str, Any]) -> ReportSettings:
-    """The settings among others, by name.
-
-    Raises:
-        SettingError: a value is not possible.
-    """
-    return ReportSettings(**{name: values[name] for name in REPORT_NAMES if name in values})
 
 
 def _webhook(entry: Any, where: str) -> WebhookSettings:

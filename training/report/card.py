@@ -97,7 +97,7 @@ def _front_matter(story: Story, about: About, settings: ReportSettings, base: st
         tags.append("not-for-all-audiences")
     head: dict[str, Any] = {"license": about.licence or ("apache-2.0" if base == BASE else "")}
     head |= {"base_model": base, "base_model_relation": ("finetune" if full else "adapter") if base else ""}
-    head |= {"library_name": "" if _lycoris(story.run.settings) else "diffusers", "pipeline_tag": "text-to-image"}
+    head |= {"library_name": "diffusers" if _for_diffusers(story) or full else "", "pipeline_tag": "text-to-image"}
     head |= {"instance_prompt": about.trigger, "tags": tags}
     widget = [
         {"text": sample["prompt"] or "unconditional", "output": {"url": sample["path"]}}
@@ -131,12 +131,12 @@ def _use_in_comfyui(name: str, full: bool, about: About) -> str:
 
 
 def _use_in_diffusers(story: Story, about: About, base: str, repo: str) -> str:
-    base, run = base or BASE, story.run
+    base, run = base or "the base model's folder", story.run
     sample = next(iter(story.newest_samples()), {"prompt": about.trigger or "a photo of a cat", "seed": 42})
     prompt = json.dumps(sample["prompt"], ensure_ascii=False)
-    weights = DIFFUSERS_FILE if (story.folder / DIFFUSERS_FILE).exists() else f"{run.folder}.safetensors"
+    weights = DIFFUSERS_FILE if _for_diffusers(story) else f"{run.folder}.safetensors"
     lines = ["import torch"]
-    if _lycoris(run.settings):
+    if _lycoris(run.settings) and not _for_diffusers(story):
         return "## Use in diffusers\n\nDiffusers does not read this kind of adapter; use ComfyUI."
     if story.full:
         lines += [
@@ -207,6 +207,10 @@ def _licence(about: About, base: str) -> str:
     else:
         text = "That of the base model it was trained on; name it above before you share this."
     return f"## Licence\n\n{text} Trained with Lumina2 Trainer for ComfyUI."
+
+
+def _for_diffusers(story: Story) -> bool:
+    return (story.folder / DIFFUSERS_FILE).exists()
 
 
 def _lycoris(settings: Mapping[str, Any]) -> bool:

@@ -21,8 +21,6 @@ from .card import DIFFUSERS_FILE, card_pictures, file_card, model_card
 from .courier import Courier, RefusedError, try_again
 from .story import About, Story
 
-ToDiffusers = Callable[[Path, Path], None]  # (our LoRA file, the file to write for diffusers and PEFT)
-
 WAITS_S = (2.0, 10.0, 30.0, 120.0)  # before each further try
 CLOSING_S, CLOSING_EARLY_S = 1800.0, 20.0  # how long the end waits for what is under way
 OUTBOX = ".outbox"  # in the run's folder: checkpoints that are not sent yet, out of reach of checkpoints_total_limit
@@ -129,16 +127,18 @@ def sent(files: Iterable[Path]) -> None:
                 file.parent.rmdir()
 
 
-def write_for_diffusers(story: Story, store: RunStore, to_diffusers: ToDiffusers | None) -> None:
+def write_for_diffusers(story: Story, store: RunStore) -> None:
     """The run's LoRA as diffusers reads it, into the run's folder; nothing where it has no such form."""
+    from ..adapter.formats.read import read_adapters
+    from ..adapter.formats.write import write_adapters
+
     file, trained = story.folder / DIFFUSERS_FILE, store.file(story.run.folder, story.full)
     file.unlink(missing_ok=True)
-    if to_diffusers is None or story.full or not trained.exists():
-        return
-    try:
-        to_diffusers(trained, file)
-    except Lumina2Error:
-        file.unlink(missing_ok=True)  # kinds of LyCORIS: the card says so
+    if not story.full and trained.exists():
+        try:
+            write_adapters(file, read_adapters(trained), "diffusers")
+        except Lumina2Error:
+            file.unlink(missing_ok=True)  # some kinds of LyCORIS: the card says so
 
 
 def write_card(story: Story, about: About, settings: ReportSettings, store: RunStore, repo: str = "") -> None:
@@ -155,7 +155,6 @@ def push_run(
     run: Run,
     settings: ReportSettings,
     say: Callable[[str], None] = lambda _: None,
-    to_diffusers: ToDiffusers | None = None,
 ) -> str:
     """Push a run that is over, with its card written anew; the repository's web address.
 
@@ -163,7 +162,7 @@ def push_run(
         RunError: the trained file is not there, or the hub did not take it.
     """
     story = Story.read(run, store.path(run))
-    write_for_diffusers(story, store, to_diffusers)
+    write_for_diffusers(story, store)
     write_card(story, About.read(story.folder), settings, store)
     files, repo = run_files(story, store), repo_name(settings, run)
     url = push(files, repo, settings.model_card_private, f"{story.step} steps", say)

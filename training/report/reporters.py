@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..config.report import ReportSettings
 from ..run.events import Between, CheckpointSaved, Ended, Event, Listener, Started, Validated
 from ..run.folder import RunStore
-from .hub import HubListener, ToDiffusers, reason, write_card, write_for_diffusers
+from .hub import HubListener, reason, write_card, write_for_diffusers
 from .page import PageListener
 from .story import About, Story
 from .trackers import Tracking, packaged
@@ -26,7 +26,6 @@ def reporters(
     store: RunStore,
     say: Callable[[str], None],
     about: About | None = None,
-    to_diffusers: ToDiffusers | None = None,
 ) -> Listener:
     """What a run is given to tell trackers, the page, the card, the hub and webhooks.
 
@@ -35,9 +34,8 @@ def reporters(
     Args:
         say: takes a sentence for the user, on the run's own thread; what it raises is the caller's.
         about: what the run's files do not tell, for the card; None: what was told of the run before.
-        to_diffusers: writes a LoRA file in diffusers' names; without it the hub gets ComfyUI's alone.
     """
-    return _Reporters(settings, store, say, about, to_diffusers)
+    return _Reporters(settings, store, say, about)
 
 
 class _Reporters:
@@ -47,10 +45,8 @@ class _Reporters:
         store: RunStore,
         say: Callable[[str], None],
         about: About | None,
-        to_diffusers: ToDiffusers | None,
     ) -> None:
-        self.settings, self.store, self.say = settings, store, say
-        self.about, self.to_diffusers = about, to_diffusers
+        self.settings, self.store, self.say, self.about = settings, store, say, about
         self.story: Story | None = None
         self._parts: list[_Part] = []
         self._sentences: list[str] = []
@@ -95,7 +91,7 @@ class _Reporters:
     def _card(self, story: Story, about: About) -> Listener:
         def listen(event: Event) -> None:
             if isinstance(event, Ended) and self.settings.push_to_hub:
-                write_for_diffusers(story, self.store, self.to_diffusers)
+                write_for_diffusers(story, self.store)
             if isinstance(event, (CheckpointSaved, Validated, Ended)):
                 write_card(story, about, self.settings, self.store)
 
