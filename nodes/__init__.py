@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .cache import Lumina2CacheLatents, Lumina2CacheTextEmbeds
 from .dataset import Lumina2DatasetOptions, Lumina2LoadDataset, Lumina2LoadDatasetConfig
 from .given import Lumina2DatasetFromImages, Lumina2DatasetFromLatents, Lumina2SaveCaptions
+from .hub import Lumina2PushToHub, Lumina2ReportSettings
 from .loader import Lumina2LoadDiffusers
 from .preview import Lumina2PreviewDataset
 from .settings import Lumina2LoRASettings, Lumina2LyCORISSettings, Lumina2TrainingSettings
@@ -28,7 +29,9 @@ class Lumina2Extension(ComfyExtension):
             Lumina2LoRASettings,
             Lumina2LyCORISSettings,
             Lumina2TrainingSettings,
+            Lumina2ReportSettings,
             TrainLumina2LoRA,
             TrainLumina2Full,
             Lumina2ValidateSample,
+            Lumina2PushToHub,
         ]
