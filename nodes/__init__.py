@@ -11,6 +11,7 @@ from .preview import Lumina2PreviewDataset
 from .settings import Lumina2LoRASettings, Lumina2LyCORISSettings, Lumina2TrainingSettings
 from .train import TrainLumina2Full, TrainLumina2LoRA
 from .validate import Lumina2ValidateSample
+from .validation import Lumina2ValidationSettings
 
 
 class Lumina2Extension(ComfyExtension):
@@ -33,5 +34,6 @@ class Lumina2Extension(ComfyExtension):
             TrainLumina2LoRA,
             TrainLumina2Full,
             Lumina2ValidateSample,
+            Lumina2ValidationSettings,
             Lumina2PushToHub,
         ]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..training.cache.latents import cache_latents
 from ..training.cache.texts import cache_texts
+from ..training.config.settings import Config
+from ..training.config.validation import ValidationSettings
 from ..training.data.dataset import Dataset
 from ..training.data.prompts import SYSTEM_PROMPTS
 from ..training.model.config import MAX_CAPTION_TOKENS
 from .places import cache
 from .progress import Progress, counting
-from .sockets import DatasetSocket, EmbedsSocket, LatentsSocket
+from .sockets import ConfigSocket, DatasetSocket, EmbedsSocket, LatentsSocket, ValidationSocket
 
 
 class Lumina2CacheLatents(io.ComfyNode):
@@ -90,6 +93,14 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
                     max=MAX_CAPTION_TOKENS,
                     tooltip="Longer captions are cut, and named. 256 is Lumina2's own limit.",
                 ),
+                ValidationSocket.Input(
+                    "validation",
+                    optional=True,
+                    tooltip="Validation Settings: their prompts are encoded too, and drawn while a run trains.",
+                ),
+                ConfigSocket.Input(
+                    "config", optional=True, tooltip="A config whose validation settings hold where none are wired."
+                ),
             ],
             outputs=[EmbedsSocket.Output(display_name="embeds")],
             hidden=[io.Hidden.unique_id],
@@ -102,7 +113,15 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
         return cache("text").state()
 
     @classmethod
-    def execute(cls, dataset: Dataset, clip: Any, system_prompt: str, max_tokens: int) -> io.NodeOutput:
+    def execute(
+        cls,
+        dataset: Dataset,
+        clip: Any,
+        system_prompt: str,
+        max_tokens: int,
+        validation: ValidationSettings | None = None,
+        config: Config | None = None,
+    ) -> io.NodeOutput:
         from .bridge import clip_fingerprint, embed_text
 
         progress = Progress(cls.hidden.unique_id)
@@ -115,7 +134,14 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
             max_tokens,
             cache("text"),
             counting(progress, "encoding caption"),
+            validation=validation or _validation_of(config),
         )
         cut = f"; {len(embeds.cut)} cut to {max_tokens} tokens, first: {embeds.cut[0][-60:]}" if embeds.cut else ""
         progress.say(f"captions of {embeds.count} pictures{cut}")
         return io.NodeOutput(embeds)
+
+
+def _validation_of(config: Config | None) -> ValidationSettings | None:
+    """A config's validation settings, where it has any."""
+    names = {each.name for each in fields(ValidationSettings)}
+    return config.validation if config and names & config.values.keys() else None

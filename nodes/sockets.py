@@ -8,5 +8,6 @@ LatentsSocket = io.Custom("LUMINA2_LATENTS")
 EmbedsSocket = io.Custom("LUMINA2_EMBEDS")
 AdapterSocket = io.Custom("LUMINA2_ADAPTER")
 ConfigSocket = io.Custom("LUMINA2_CONFIG")
+ValidationSocket = io.Custom("LUMINA2_VALIDATION")
 LoraModelSocket = io.Custom("LORA_MODEL")  # ComfyUI's own
 LossMapSocket = io.Custom("LOSS_MAP")  # ComfyUI's own

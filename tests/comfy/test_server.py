@@ -26,6 +26,7 @@ NODES = {
     "Lumina2TrainingSettings": "Training Settings",
     "TrainLumina2LoRA": "Train Lumina2 LoRA",
     "Lumina2ValidateSample": "Validate Sample",
+    "Lumina2ValidationSettings": "Validation Settings",
 }
 TRAIN_WIDGETS = ["run_name", "steps", "learning_rate", "rank", "batch_size", "seed", "resume", "checkpoint"]
 
