@@ -402,10 +402,9 @@ names = st.text(string.ascii_letters + "- _", min_size=1, max_size=12).map(str.s
     runs,
     loras | lycoris | st.just(FullSettings("attention", "0-3")),
     names,
-    st.booleans(),
     st.sampled_from(["superior", "none"]),
 )
-def test_what_is_written_is_read_back(values, adapter, name, adopt, system_prompt):
+def test_what_is_written_is_read_back(values, adapter, name, system_prompt):
     if isinstance(adapter, FullSettings):
         values = {**values, "precision": PrecisionSettings()}
     chosen = TrainSettings(**values, adapter=adapter)
@@ -414,15 +413,14 @@ def test_what_is_written_is_read_back(values, adapter, name, adopt, system_promp
     others = vars(ValidationSettings(validation_prompt="a cat", keep_best=False)) | {"report_to": "tensorboard"}
     written = write_config(from_settings(chosen, others, places))
     plain = json.loads(json.dumps(with_lycoris(written)))
-    read = parse_config(plain, adopt_our_defaults=adopt)
+    read = parse_config(plain)
     assert read.settings() == chosen
     assert read.places == places
     assert read.config.validation == ValidationSettings(validation_prompt="a cat")
     assert read.config.report == ReportSettings(report_to="tensorboard", tracker_run_name=name)
-    if not adopt:
-        again = write_config(read)
-        assert again.config == written.config
-        assert parse_config(with_lycoris(again)) == read
+    again = write_config(read)
+    assert again.config == written.config
+    assert parse_config(with_lycoris(again)) == read
 
 
 @pytest.mark.parametrize("name", WRITTEN)

@@ -415,12 +415,12 @@ class _Reading:
         """Says where the file left something out that is otherwise by default here."""
         ours = TrainSettings(adapter=type(adapter)()).written() | beside_defaults()
         differing = []
-        validates = any(OPTIONS[name].section == "validation" for name in self.given)
         for name, option in OPTIONS.items():
             setting = option.ours if option.ours != BY_HAND else name
             if name in self.given or setting in self.own or setting not in ours or setting not in values:
                 continue
-            if option.section == "report" or (option.section == "validation" and not validates):
+            switch = next((switch for start, switch in _ONLY_WITH.items() if name.startswith(start)), "")
+            if option.section == "report" or (switch and not values[switch]):
                 continue
             if values[setting] != ours[setting]:
                 differing.append(f"{name} {_shown(values[setting])} (ours {_shown(ours[setting])})")
@@ -444,6 +444,14 @@ class _Reading:
         return f"{self.place}: {renamed.get(first, first)} {rest}"
 
 
+# Options that mean nothing while another is off.
+_ONLY_WITH = {
+    "ema_": "use_ema",
+    "eval_": "eval_steps_interval",
+    "num_eval": "eval_steps_interval",
+    "pretrained_eval": "eval_steps_interval",
+    "validation_": "validation_prompt",
+}
 _SETTINGS_ELSEWHERE = {
     "batch_size",
     "gradient_accumulation_steps",

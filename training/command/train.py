@@ -1,0 +1,145 @@
+"""``train``: what the train nodes do, from a configuration: cache, train, validate, save."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from ..config.databackend import write_databackend
+from ..config.settings import TrainSettings
+from ..config.simpletuner.write import LYCORIS_NAME, write_config
+from ..errors import SettingError
+from ..files import write_json
+from ..report.login import check_logins
+from ..report.reporters import reporters
+from ..report.story import About, dataset_facts
+from ..run.batches import Batches
+from ..run.control import Control
+from ..run.events import Event, Started, to_all
+from ..run.folder import RunStore
+from ..run.session import Outcome, Request, train_lora
+from ..sample.validator import SampleValidator
+from .answer import Answer
+from .cache import Cached, fill
+from .machine import look_around
+from .pipeline import Model, choose_device, find_model, open_transformer
+from .plan import Plan, add_arguments, open_plan, run_store
+from .terminal import RunLines, Terminal, obeying_signals
+
+__all__ = ["add_arguments", "run"]
+
+
+def run(options: argparse.Namespace) -> Answer:
+    """Train, go on with a training, or tell what was trained before.
+
+    Raises:
+        Lumina2Error: it cannot start, or has ended early; what was trained is kept.
+    """
+    plan, terminal = open_plan(options), Terminal()
+    device = choose_device(options.device)
+    for line in plan.report:
+        terminal.say(line)
+    findings = look_around(plan, device, download=True)
+    for finding in findings:
+        terminal.say(finding.text)
+    if any(finding.fatal for finding in findings):
+        raise SettingError("It cannot start so: " + " ".join(each.text for each in findings if each.fatal))
+    check_logins(plan.config.config.report)
+    model = find_model(plan.config.places, plan.config.folders, download=True)
+    cached = fill(plan, model, device, terminal)
+    store = run_store(plan.output)
+    outcome = _train(plan, model, cached, device, store, terminal)
+    trained = outcome.run
+    full = plan.config.settings().full_fine_tune
+    found = {
+        "run": trained.folder,
+        "folder": str(store.path(trained)),
+        "status": trained.status,
+        "step": trained.step,
+        "loss": outcome.losses[-1] if outcome.losses else None,
+        "file": str(store.file(trained.folder, full)),
+        "message": outcome.message,
+    }
+    return Answer(found, f"{trained.folder}: {trained.status} at step {trained.step}. {found['file']}")
+
+
+def _train(
+    plan: Plan, model: Model, cached: Cached, device: torch.device, store: RunStore, terminal: Terminal
+) -> Outcome:
+    settings = _settings(plan, model, cached)
+    told = plan.config.config
+    validator = SampleValidator(
+        cached.texts,
+        cached.latents,
+        model.scale_latents,
+        decode=cached.vae.decode,
+        shift=model.shift,
+        last_step=settings.steps,
+    )
+    terminal.say(f"loading the transformer onto {device}")
+    transformer = open_transformer(model, device)
+    about = About(base_model=model.hub_id, datasets=dataset_facts(cached.latents))
+    control = Control()
+    with obeying_signals(control, terminal.say):
+        return train_lora(
+            transformer,
+            cached.latents,
+            cached.texts,
+            settings,
+            _request(plan, store),
+            store,
+            model.scale_latents,
+            to_all(
+                [
+                    RunLines(terminal, settings.steps),
+                    _ConfigKeeper(plan, store),
+                    reporters(told.report, store, terminal.say, about),
+                ]
+            ),
+            control=control,
+            encode=cached.vae.encode,
+            validator=validator,
+        )
+
+
+def _settings(plan: Plan, model: Model, cached: Cached) -> TrainSettings:
+    """With the steps that so many epochs of these pictures have."""
+    if not plan.config.epochs:
+        return plan.config.settings()
+    settings = plan.config.settings()
+    with Batches(cached.latents, cached.texts, settings, model.scale_latents, cached.vae.encode) as batches:
+        steps = math.ceil(plan.config.epochs * batches.epoch_steps)
+    return plan.config.settings(steps)
+
+
+def _request(plan: Plan, store: RunStore) -> Request:
+    """Which run is meant, and where it starts."""
+    places = plan.config.places
+    name = places.run_name or (plan.file.absolute().parent.name if plan.file else "lumina2")
+    resume = places.resume_from_checkpoint
+    if resume in ("latest", ""):
+        return Request(name)
+    path = Path(resume)
+    if path.is_absolute() and path.is_relative_to(store.root):
+        path = path.relative_to(store.root)
+    return Request(name, "from checkpoint", str(Path(name) / path if len(path.parts) == 1 else path))
+
+
+class _ConfigKeeper:
+    """A listener that keeps the configuration in the run's folder, as SimpleTuner and this command line read it."""
+
+    def __init__(self, plan: Plan, store: RunStore) -> None:
+        self.plan, self.store = plan, store
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Started):
+            folder = self.store.path(event.run)
+            written = write_config(self.plan.config)
+            datasets = write_databackend(self.plan.backends)
+            write_json(folder / "config.json", {**written.config, "data_backend_config": "multidatabackend.json"})
+            write_json(folder / "multidatabackend.json", datasets)
+            if written.lycoris is not None:
+                write_json(folder / LYCORIS_NAME, written.lycoris)
