@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .cache import Lumina2CacheLatents, Lumina2CacheTextEmbeds
+from .config import Lumina2LoadConfig, Lumina2SaveConfig
 from .dataset import Lumina2DatasetOptions, Lumina2LoadDataset, Lumina2LoadDatasetConfig
 from .given import Lumina2DatasetFromImages, Lumina2DatasetFromLatents, Lumina2SaveCaptions
 from .hub import Lumina2PushToHub, Lumina2ReportSettings
@@ -30,6 +31,8 @@ class Lumina2Extension(ComfyExtension):
             Lumina2LoRASettings,
             Lumina2LyCORISSettings,
             Lumina2TrainingSettings,
+            Lumina2LoadConfig,
+            Lumina2SaveConfig,
             Lumina2ReportSettings,
             TrainLumina2LoRA,
             TrainLumina2Full,

@@ -85,7 +85,7 @@ def _of_files(plan: Plan) -> Iterator[Finding]:
     clip = Path(validation.pretrained_evaluation_model_name_or_path)
     if validation.evaluation_type == "clip" and not (clip.is_dir() or _in_hub_cache(str(clip))):
         yield Finding(
-            f"evaluation_type is clip, and the CLIP {clip} is not on this machine; download it, or no scores are there.",
+            f"evaluation_type is clip, and the CLIP {clip} is not on this machine; download it, or there are no scores.",
             fatal=validation.evaluation_required,
         )
     for problem in login_problems(plan.config.config.report):

@@ -129,9 +129,8 @@ def _dataset(
 
 
 def run_store(output: Path) -> RunStore:
-    """Where runs and what they train lie: in ComfyUI's folders where the output does, so that its nodes find them."""
-    comfyui = PLUGIN.parent.parent
-    if (comfyui / "comfy").is_dir() and output.is_relative_to(comfyui / "output"):
-        models = comfyui / "models"
+    """Where runs and what they train lie: beside ``<ComfyUI>/output/lumina2`` in ComfyUI's own folders for models."""
+    models = output.parent.parent / "models"
+    if output.parent.name == "output" and (models / "loras").is_dir():
         return RunStore(output, models / "loras" / SUBFOLDER, models / "diffusion_models" / SUBFOLDER)
     return RunStore(output, output / "loras", output / "models")
