@@ -50,7 +50,8 @@ def save_checkpoint(
     """
     place = run_folder / f"checkpoint-{state.step}"
     working = run_folder / f".checkpoint-{state.step}.tmp"
-    shutil.rmtree(working, ignore_errors=True)
+    for left_over in run_folder.glob(".checkpoint-*"):  # of a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
     tensors: dict[str, Tensor] = {
         f"adapter.{name}": weight for name, weight in {**state.adapter.weights, **state.adapter.frozen}.items()
     }
@@ -65,9 +66,18 @@ def save_checkpoint(
         write_tensors(working / "lora.safetensors", exported, metadata)
     about = {"identity": identity, "step": state.step, "rate_factor": state.rate_factor, "optimizer": scalars}
     write_json(working / "checkpoint.json", about)
-    shutil.rmtree(place, ignore_errors=True)
+    _remove(place)
     os.replace(working, place)
     return Checkpoint(place, identity, state.step)
+
+
+def _remove(place: Path) -> None:
+    """Out of the way at once, so that a checkpoint is whole or gone whenever the process is killed."""
+    if place.exists():
+        going = place.with_name(f".{place.name}.old")
+        shutil.rmtree(going, ignore_errors=True)
+        os.replace(place, going)
+        shutil.rmtree(going, ignore_errors=True)
 
 
 def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
@@ -101,23 +111,36 @@ def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint in a folder; None where it is not whole."""
+    """The checkpoint in a folder; None where it is not whole: a file is missing, cut or no such file."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         content = read_json(path / "checkpoint.json")
-    except (OSError, ValueError):
+        with safe_open(path / "state.safetensors", framework="pt"):  # reads the header, and compares the size
+            return Checkpoint(path, content["identity"], content["step"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-    return Checkpoint(path, content["identity"], content["step"])
 
 
 def newest_checkpoint(run_folder: Path) -> Checkpoint | None:
+    """The last one that is whole."""
     return max(_checkpoints(run_folder), key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def damaged_checkpoints(run_folder: Path, after: int) -> list[str]:
+    """The names of those behind a step that are not whole."""
+    behind = [path for path in _folders(run_folder) if int(path.name.partition("-")[2]) > after]
+    return sorted(path.name for path in behind if read_checkpoint(path) is None)
 
 
 def remove_old_checkpoints(run_folder: Path, keep: int) -> None:
     for checkpoint in sorted(_checkpoints(run_folder), key=lambda c: c.step)[:-keep]:
-        shutil.rmtree(checkpoint.path, ignore_errors=True)
+        _remove(checkpoint.path)
 
 
 def _checkpoints(run_folder: Path) -> list[Checkpoint]:
-    folders = [path for path in run_folder.glob("checkpoint-*") if _FOLDER.fullmatch(path.name)]
-    return [checkpoint for checkpoint in map(read_checkpoint, folders) if checkpoint]
+    return [checkpoint for checkpoint in map(read_checkpoint, _folders(run_folder)) if checkpoint]
+
+
+def _folders(run_folder: Path) -> list[Path]:
+    return [path for path in run_folder.glob("checkpoint-*") if _FOLDER.fullmatch(path.name)]

@@ -211,7 +211,7 @@ def read_events(file: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     if not file.exists():
         return found
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # a prompt may hold other line ends
         try:
             event = json.loads(line)
         except json.JSONDecodeError:

@@ -20,7 +20,7 @@ from ..config.dataset import MixSettings
 from ..config.settings import TrainSettings, deciding
 from ..errors import SettingError
 from .batches import Examples, join
-from .checkpoint import Checkpoint, newest_checkpoint
+from .checkpoint import Checkpoint, damaged_checkpoints, newest_checkpoint
 from .folder import Run, RunStore
 
 IDENTITY_VERSION = 2  # raised when a default changes, since settings at their defaults are left out
@@ -122,10 +122,13 @@ def decide(store: RunStore, name: str, identity: str, steps: int, continue_token
     checkpoint = newest_checkpoint(store.path(run))
     kept = checkpoint or store.file(run.folder, full).exists()
     trained = run.step if kept else 0  # what was deleted is not there
-    if trained >= steps:
+    cut_short = run.status == "running" and checkpoint  # killed, maybe before its file was written
+    if trained >= steps and not cut_short:
         return Decision(run, run.folder, True, checkpoint, f"already trained: {trained} steps, {steps} asked")
     if trained and run.status == "stopped" and steps <= run.target and continue_token <= run.continue_token:
         return Decision(run, run.folder, True, checkpoint, f"stopped and kept at step {trained}")
+    damaged = damaged_checkpoints(store.path(run), checkpoint.step if checkpoint else -1)
+    skipped = f" ({', '.join(damaged)} cannot be read)" if damaged else ""
     if checkpoint is None:
-        return Decision(run, run.folder, False, None, "no checkpoint was written: starting over in the same folder")
-    return Decision(run, run.folder, False, checkpoint, f"continuing from step {checkpoint.step}")
+        return Decision(run, run.folder, False, None, f"no checkpoint is there: starting over in {run.folder}{skipped}")
+    return Decision(run, run.folder, False, checkpoint, f"continuing from step {checkpoint.step}{skipped}")

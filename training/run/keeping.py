@@ -26,6 +26,10 @@ from .loop import TrainState
 SPARE_BYTES = 64 * 2**20  # left on the disk for everything else
 
 
+def is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
 class Keeper:
     """Writes for one run; ``run`` is what ``run.json`` says.
 
@@ -104,18 +108,19 @@ class Keeper:
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if free < needed + SPARE_BYTES:
-            raise self._no_space(f"needs {_size(needed)} and {_size(free)} are free", state)
+            raise self.no_space(state, f"needs {_size(needed)} and {_size(free)} are free")
 
     @contextmanager
     def _disk_full(self, state: TrainState) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                raise self._no_space("does not fit", state) from error
+            if is_disk_full(error):
+                raise self.no_space(state) from error
             raise
 
-    def _no_space(self, what: str, state: TrainState) -> RunError:
+    def no_space(self, state: TrainState, what: str = "does not fit") -> RunError:
+        """What to raise; it says which checkpoint is there."""
         kept = newest_checkpoint(self.folder)
         before = f"The checkpoint of step {kept.step} is whole; the run goes on from it." if kept else ""
         return RunError(

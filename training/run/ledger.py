@@ -12,10 +12,21 @@ import torch
 from torch import Tensor
 
 from ..errors import RunError
-from .events import Event, Listener, StepDone
+from .events import Event, Listener, Said, StepDone
 
 READ_EVERY = 10  # steps; each reading waits for the device once
 BAD_STEPS_IN_A_ROW = 5
+
+
+class NotFiniteError(RunError):
+    """Several steps in a row, ``steps``, had no finite loss or gradient; the state is the one before them."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        super().__init__(
+            f"Loss or gradient is not a number for {steps} steps in a row, which changed no weight. Lower the "
+            "learning rate, or load the model in bf16 or fp32 if it is in fp16; the weights before are kept."
+        )
 
 
 @dataclass(frozen=True)
@@ -49,24 +60,23 @@ class Ledger:
     _bad: int = 0  # in a row
 
     def add(self, step: int, lr: float, loss: Tensor, norm: Tensor, parts: list[Part]) -> None:
-        """Raises RunError as ``read`` does."""
         self._pending.append(_Entry(step, time.time(), lr, loss, norm, parts))
-        if len(self._pending) >= READ_EVERY:
-            self.read()
 
-    def read(self) -> None:
-        """Tell what is pending.
+    def read(self, at_least: int = 1) -> None:
+        """Tell what is pending, if there are so many steps.
 
         Raises:
-            RunError: several steps in a row had no finite loss or gradient.
+            NotFiniteError: several steps in a row had no finite loss or gradient.
         """
+        if len(self._pending) < at_least:
+            return
+        before = self.skipped
         for event in self.take():
             self.tell(event)
         if self._bad >= BAD_STEPS_IN_A_ROW:
-            raise RunError(
-                f"Loss or gradient is not a number for {self._bad} steps in a row, which changed no weight. Lower the "
-                "learning rate, or load the model in bf16 or fp32 if it is in fp16; the weights before are kept."
-            )
+            raise NotFiniteError(self._bad)
+        if self.skipped and not before and not self.tolerant:
+            self.tell(Said("A step's loss or gradient is not a number: such steps change no weight, and are counted."))
 
     def take(self) -> list[Event]:
         """What is pending, as events."""

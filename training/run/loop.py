@@ -24,7 +24,7 @@ from ..optim.build import build_optimizer
 from ..optim.schedule import learning_rate_factor, set_learning_rate
 from ..optim.step import clip_gradients, step_optimizer
 from .batches import Batch, Batches
-from .ledger import Ledger, Part
+from .ledger import READ_EVERY, Ledger, Part
 from .processes import ALONE, Processes
 
 
@@ -38,6 +38,7 @@ class TrainState:
     loss_scale: LossScale | None = None  # fp16's
     step: int = 0  # optimiser steps done
     rate_factor: float = 1.0  # what the learning rate was changed by in mid-run
+    whole: bool = True  # False while weights are being changed: what an error leaves then is of no step
 
 
 def new_state(adapter: Adapter, settings: TrainSettings, loss_scaling: bool = False) -> TrainState:
@@ -70,7 +71,8 @@ def train(
     go_on: Callable[[], bool],
     processes: Processes = ALONE,
 ) -> None:
-    """Take steps as long as ``go_on`` says so; ``state`` and ``ledger`` are true after each, whatever interrupts.
+    """Take steps as long as ``go_on`` says so; ``state`` and ``ledger`` are true after each, whatever interrupts, and
+    where ``state.whole`` is not, something did so while weights were being changed.
 
     A step whose gradient is not finite changes no weight.
 
@@ -90,6 +92,7 @@ def train(
                 factor = learning_rate_factor(state.step, settings.steps, settings.optimizer) * state.rate_factor
                 set_learning_rate(state.optimizer, factor)
                 total, parts = torch.zeros((), device=device), []
+                state.whole = not isinstance(state.optimizer, OptimizerInBackward)
                 for number in processes.batch_numbers(state.step, accumulated):
                     if state.adapter.draws:
                         torch.manual_seed((settings.seed * 1_000_003 + number) % 2**63)
@@ -100,11 +103,14 @@ def train(
                     total += loss.detach()
                     parts.append(Part(each.detach(), batch.sigmas, batch.dataset))
                 total = processes.average(list(state.adapter.weights.values()), total)
+                state.whole = False
                 norm = take_step(state, settings)
                 state.step += 1
                 if state.ema:
                     state.ema.update(state.step)
                 ledger.add(state.step, settings.optimizer.learning_rate * factor, total, norm, parts)
+                state.whole = True
+                ledger.read(READ_EVERY)
         ledger.read()
     finally:
         release_scratch()

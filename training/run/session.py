@@ -31,10 +31,11 @@ from .control import Control, reachable
 from .events import Ended, Journal, Listener, Said, Started, read_losses, to_all
 from .folder import Run, RunStore
 from .identity import data_identity, decide, run_identity
-from .keeping import Keeper
-from .ledger import Ledger
+from .keeping import Keeper, is_disk_full
+from .ledger import Ledger, NotFiniteError
 from .lock import locked
 from .loop import TrainState, new_state, train
+from .memory_error import is_out_of_memory, what_would_fit
 from .processes import ALONE, Processes
 from .validation import Validator
 
@@ -152,9 +153,14 @@ def train_lora(
                 lora = keeper.end(state, between.status, between.note)
             except BaseException as error:
                 _keep_what_there_is(error, keeper, ledger, journal, state, between.first)
-                message = str(error) or type(error).__name__
-                with suppress(BaseException):  # the error that ended the run is the one to raise
-                    keeper.tell(Ended(keeper.run.status, state.step, message, time.monotonic() - began))
+                explained = _explained(error, keeper, state, transformer, settings, latents)
+                message = str(explained or error) or type(error).__name__
+                ended = Ended(keeper.run.status, state.step, message, time.monotonic() - began)
+                for listener in (journal, tell):  # whose own errors are not the one to raise
+                    with suppress(BaseException):
+                        listener(ended)
+                if explained:
+                    raise explained from error
                 raise
             notes += [between.note] if between.note else []
             notes += [f"{ledger.skipped} steps skipped, not a number"] if ledger.skipped else []
@@ -166,19 +172,42 @@ def train_lora(
 def _keep_what_there_is(
     error: BaseException, keeper: Keeper, ledger: Ledger, journal: Journal, state: TrainState, first: int
 ) -> None:
-    """A checkpoint, the file and a true ``run.json``, where something was trained; no listener is asked any more."""
-    status = "failed" if isinstance(error, (Lumina2Error, torch.OutOfMemoryError)) else "interrupted"
-    broken = keeper.settings.optimizer.fused_backward and isinstance(error, RunError)
+    """A checkpoint, the file and a true ``run.json``, where something was trained; no listener can stop it any more."""
+    status = "failed" if isinstance(error, (Lumina2Error, MemoryError, OSError, RuntimeError)) else "interrupted"
     keeper.tell = journal
-    try:
+    with suppress(OSError):
         journal.write(ledger.take())
-        if state.step > first and not broken:
+    if isinstance(error, NotFiniteError):  # goes on before the steps that changed nothing
+        state.step -= error.steps
+    try:
+        if state.step > first and state.whole:
             keeper.end(state, status, str(error))
     except (OSError, Lumina2Error) as trouble:
         status = "failed"
-        keeper.tell(Said(str(trouble)))
+        with suppress(OSError):
+            journal(Said(str(trouble)))
     with suppress(OSError):
         keeper.note(status)
+
+
+def _explained(
+    error: BaseException,
+    keeper: Keeper,
+    state: TrainState,
+    transformer: Lumina2Transformer,
+    settings: TrainSettings,
+    latents: LatentCache,
+) -> RunError | None:
+    """The system's and torch's errors as sentences, where somebody can do something about them."""
+    if is_disk_full(error):
+        return keeper.no_space(state)
+    if is_out_of_memory(error):
+        shapes = latents.rows().shape
+        _, height, width = shapes[(shapes[:, 1] * shapes[:, 2]).argmax()].tolist()
+        stored = transformer.get_parameter("layers.0.attention_norm1.weight")  # norms are never quantised
+        hint = what_would_fit(transformer.config, settings, (height, width), stored, transformer.dtype)
+        return RunError(f"Out of memory in step {state.step + 1}; what was trained before is kept. {hint}")
+    return None
 
 
 def _prepare(transformer: Lumina2Transformer, settings: TrainSettings) -> tuple[TrainState, list[str]]:
