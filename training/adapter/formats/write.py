@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...config.checks import one_of
 from ...errors import ModelError
@@ -24,6 +24,7 @@ from .low_rank import lost, of_matrix
 from .names import diffusers_name
 from .read import MAGNITUDES, PEFT_SETTINGS, packed_lengths, read_adapters
 
+_SMALL = ("dora_scale", "lora_magnitude_vector", "alpha")  # stay fp32: a rounded length rounds the whole row
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -115,10 +116,11 @@ def written(
     told = FORMATS[format]
     layers, reduced = _arranged(adapters, format, base, rank)
     tensors = {
-        f"{told.key(place)}.{part}": tensor.to(DTYPES[dtype], copy=True).contiguous()
+        f"{told.key(place)}.{part}": tensor.to(torch.float32 if part in _SMALL else DTYPES[dtype], copy=True)
         for place, layer in layers.items()
         for part, tensor in _parts(layer, told).items()
     }
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
     notes = list(adapters.notes)
     error = 0.0
     if reduced:
@@ -171,7 +173,8 @@ def _arranged(
         _check_readable(layer, place, format)
         weight = _rows_of(adapters, place, base)
         dora = format != "diffusers" or (layer.kind == "lora" and not layer.by_columns)
-        if layer.kind in kinds and (dora or not layer.dora) and not (rank and place in made):
+        made_again = format != "lycoris" or layer.kind != "lokr" or _lycoris_makes_lokr(layer)
+        if layer.kind in kinds and made_again and (dora or not layer.dora) and not (rank and place in made):
             ready[place] = layer if _lengths(layer, told) is not None else with_lengths(layer, weight)
         else:
             ready[place], error = _expressed(layer, place, weight, format, rank)
@@ -257,6 +260,21 @@ def _peft_makes_lokr(layers: Sequence[Layer]) -> bool:
     ]
     candidates = {layer.factors["lokr_w1"].shape[0] for layer in layers} | {-1}
     return any(all(factorization(whole, factor)[0] == part for whole, part in sizes) for factor in candidates)
+
+
+def _lycoris_makes_lokr(layer: Layer) -> bool:
+    """Whether lycoris-lora, which works the shapes out anew from a factor, comes to those of this layer."""
+    from lycoris.modules import get_module, make_module  # type: ignore[import-untyped]
+
+    rows, columns = layer.extent
+    parts = {f"x.{name}": factor for name, factor in layer.factors.items()} | {"x.alpha": torch.ones(())}
+    try:
+        with torch.device("meta"):
+            like = nn.Linear(columns or 1, rows or 1, bias=False)
+            make_module(*get_module(parts, "x"), "x", like)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _metadata(adapters: Adapters, layers: Mapping[Place, Layer], format: str) -> dict[str, str]:
