@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,10 +26,16 @@ from .folder import Run, RunStore
 from .loop import TrainState
 
 SPARE_BYTES = 64 * 2**20  # left on the disk for everything else
+_DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_WINDOWS_DISK_FULL = 112
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def is_disk_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    """Also where safetensors says so, which has no error number."""
+    number = _OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    code = int(number[1]) if number else getattr(error, "errno", None)
+    return code in ((_WINDOWS_DISK_FULL,) if number and os.name == "nt" else _DISK_FULL)
 
 
 class Keeper:
@@ -114,7 +122,7 @@ class Keeper:
     def _disk_full(self, state: TrainState) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except Exception as error:
             if is_disk_full(error):
                 raise self.no_space(state) from error
             raise
