@@ -1,6 +1,7 @@
 """SimpleTuner's ``config.json``: read as its users write it, refused in one sentence, and written back the same."""
 
 import json
+import re
 import string
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from scripts import settings_page
 from training.config.adapter import FullSettings, LoRASettings, LyCORISSettings
 from training.config.databackend import _GLOBAL
 from training.config.objective import ObjectiveSettings, ScheduledSamplingSettings
@@ -165,8 +167,6 @@ def test_as_people_write_them(name):
     assert {key: read.values[key] for key in expected} == pytest.approx(expected)
     report = "\n".join(read.report)
     if said:
-        import re
-
         assert re.search(said, report), report
     assert ("steps" in read.values) == (read.epochs == 0)
 
@@ -264,6 +264,10 @@ def test_webhooks_keep_their_secret(monkeypatch):
     hook = {"webhook_type": "raw", "callback_url": "https://example.com/{env:HOOK_SECRET}"}
     read = lora(webhook_config=hook)
     assert read.values["webhook_config"] == hook, "the secret is filled in where it is used, and written nowhere"
+    assert write_config(read).config["webhook_config"] == hook
+    written = write_config(lora(webhook_config=[{**hook, "callback_url": "https://example.com/1234"}]))
+    assert "1234" not in json.dumps(written.config)
+    assert "webhook_config is left out" in written.notes[-1]
 
 
 # Every option acts: another value than SimpleTuner's own changes what is understood.
@@ -440,6 +444,16 @@ def test_simpletuner_is_told_what_it_would_not_do():
     assert "adamw_bf16 there" in notes[0]
     assert "query, key and value apart" in notes[1]
     assert "skips it: lora_blocks, sigma_min" in notes[2]
+
+
+@pytest.mark.parametrize("language", settings_page.PAGES)
+def test_the_page_of_settings_is_the_tables(language):
+    """Where it is not: python -m scripts.settings_page"""
+    told = settings_page.words()
+    reasons = {f"={reason}" for reason in NO_EFFECT}
+    assert set(told) == set(OPTIONS) | set(settings_page.own_names()) | reasons, "each option is described once"
+    assert all(english and chinese for english, chinese in told.values())
+    assert settings_page.PAGES[language].read_text(encoding="utf-8") == settings_page.page(language)
 
 
 def test_defaults_that_differ_are_written_out():

@@ -82,10 +82,10 @@ def _of_files(plan: Plan) -> Iterator[Finding]:
             "eval_steps_interval asks for a held-out loss, and no dataset is of dataset_type eval; add one, or take it "
             "out."
         )
-    clip = Path(validation.pretrained_evaluation_model_name_or_path)
-    if validation.evaluation_type == "clip" and not (clip.is_dir() or _in_hub_cache(str(clip))):
+    clip = validation.pretrained_evaluation_model_name_or_path
+    if validation.evaluation_type == "clip" and not (Path(clip).is_dir() or _in_hub_cache(clip)):
         yield Finding(
-            f"evaluation_type is clip, and the CLIP {clip} is not on this machine; download it, or there are no scores.",
+            f"evaluation_type is clip, and {clip} is not on this machine; download it, or there are no scores.",
             fatal=validation.evaluation_required,
         )
     for problem in login_problems(plan.config.config.report):

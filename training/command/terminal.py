@@ -20,7 +20,7 @@ class Terminal:
     """Sentences, and one line that shows how far something is. All of it goes to ``stream``; answers go to stdout."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
+        self.stream = sys.stderr if stream is None else stream
         self._live = self.stream.isatty()
         self._shown_at, self._width = -math.inf, 0
 

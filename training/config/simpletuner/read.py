@@ -51,7 +51,6 @@ class Places:
     pretrained_transformer_model_name_or_path: str = ""
     pretrained_vae_model_name_or_path: str = ""
     revision: str = ""
-    variant: str = ""
     tokenizer_max_length: int = 256
     system_prompt: str = "superior"  # a name of data.prompts.SYSTEM_PROMPTS; SimpleTuner knows this one only
     cache_dir_text: str = ""
@@ -199,7 +198,7 @@ class _Reading:
         return plain
 
     def _take(self, name: str, value: Any) -> None:
-        ours = _own_kinds()
+        ours = own_kinds()
         if name == OWN_BLOCK:
             if not isinstance(value, dict):
                 raise SettingError(f"{self.place}: {OWN_BLOCK} is {value!r}; a block {{…}} of settings is wanted.")
@@ -466,7 +465,7 @@ _OF_DATASETS = {
 
 
 @cache
-def _own_kinds() -> dict[str, str]:
+def own_kinds() -> dict[str, str]:
     """Our settings that SimpleTuner has no option for, and those whose names differ, by name."""
     found: dict[str, Any] = {"system_prompt": "", **beside_defaults()}
     for adapter in (LoRASettings(), LyCORISSettings(), FullSettings()):

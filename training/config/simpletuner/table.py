@@ -47,7 +47,6 @@ pretrained_model_name_or_path           text    ''                       =
 pretrained_transformer_model_name_or_path text  ''                       =
 pretrained_vae_model_name_or_path       text    ''                       =    vae_path
 revision                                text    ''                       =
-variant                                 text    ''                       =
 tokenizer_max_length                    int     256                      =
 """,
     "adapter": """
@@ -255,7 +254,7 @@ save_text_encoder flux_lora_target controlnet_custom_config controlnet_model_nam
 validation_guidance_skip_layers validation_guidance_skip_layers_start validation_guidance_skip_layers_stop
 validation_guidance_skip_scale validation_guidance_real validation_no_cfg_until_timestep skip_guidance_layers""",
         "it is decided here by itself": """
-vae_dtype base_model_default_dtype attention_mechanism sla_config sageattention_usage disable_tf32 allow_tf32
+variant vae_dtype base_model_default_dtype attention_mechanism sla_config sageattention_usage disable_tf32 allow_tf32
 set_grads_to_none gradient_precision quantize_activations trust_remote_code pretrained_transformer_subfolder
 keep_vae_loaded vae_enable_slicing vae_enable_tiling vae_enable_patch_conv offload_during_startup
 delete_model_after_load accelerator_cache_clear_interval ema_cpu_only ema_foreach_disable

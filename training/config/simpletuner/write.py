@@ -31,6 +31,7 @@ _NEAREST: dict[str, dict[Any, Any]] = {  # what SimpleTuner has in place of a va
     "base_model_precision": {"int8wo": "int8-torchao", "nf4": "nf4-bnb"},
     "flow_schedule_shift": {None: 0},
 }
+_HIDDEN = "webhook_config is left out, since an address gives access: name a JSON file, or variables as {env:NAME}."
 _SAME_THERE = {"mixed_precision", "gradient_checkpointing", "base_model_precision"}  # their values in the block
 
 
@@ -68,6 +69,8 @@ def write_config(imported: Imported) -> Written:
         if ours in values and option.section not in ("model", "adapter"):
             value = _NEAREST.get(name, {}).get(values[ours], values[ours]) if _hashable(values[ours]) else values[ours]
             differs = value != option.default or (ours in start and value != start[ours])
+            if name == "webhook_config" and not _may_be_written(value):
+                continue
             if value is not None and (differs or name in _ALWAYS):
                 main[name] = _plain(value)
     main |= _by_hand(imported, values)
@@ -75,6 +78,7 @@ def write_config(imported: Imported) -> Written:
     defaults = {**TrainSettings(adapter=type(imported.adapter)()).written(), **beside_defaults()}
     again = {**defaults, **understood(main).values}
     block = {name: _plain(value) for name, value in values.items() if name not in again or again[name] != value}
+    hidden = not _may_be_written(block.pop("webhook_config", None))
     if imported.places.system_prompt != Places.system_prompt:
         block["system_prompt"] = imported.places.system_prompt
     lycoris = main.pop("lycoris_config", None)
@@ -82,7 +86,7 @@ def write_config(imported: Imported) -> Written:
         main["lycoris_config"] = LYCORIS_NAME
     if block:
         main[OWN_BLOCK] = block
-    return Written(main, lycoris, _notes(imported, block))
+    return Written(main, lycoris, (*_notes(imported, block), *([_HIDDEN] if hidden else [])))
 
 
 def _places(imported: Imported) -> dict[str, Any]:
@@ -146,6 +150,19 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def _may_be_written(webhooks: Any) -> bool:
+    """Whoever knows a webhook's address can write to it: only a file's path, or names of variables, are written."""
+    entries = webhooks if isinstance(webhooks, (list, tuple)) else [webhooks]
+    secrets = ("webhook_url", "callback_url", "auth_token")
+    return all(
+        "{env:" in str(each[name])
+        for each in entries
+        if isinstance(each, Mapping)
+        for name in secrets
+        if each.get(name)
+    )
 
 
 def _hashable(value: Any) -> bool:
