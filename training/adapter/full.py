@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -15,12 +16,19 @@ from .targets import select
 
 
 class Full(Adapter):
-    """Weights of the transformer itself, under their own names."""
+    """Weights of the transformer itself, under their own names.
+
+    Attributes:
+        stored: gives all of the transformer's weights as they are stored, on the CPU.
+    """
 
     def __init__(
         self, transformer: Lumina2Transformer, weights: dict[str, nn.Parameter], settings: FullSettings
     ) -> None:
         self.transformer, self.weights, self.settings = transformer, weights, settings
+        self.stored: Callable[[], dict[str, Tensor]] = lambda: {
+            name: weight.detach().cpu().clone().contiguous() for name, weight in transformer.state_dict().items()
+        }
 
     def off(self) -> AbstractContextManager[None]:
         raise SettingError(
@@ -34,7 +42,7 @@ class Full(Adapter):
 
         That is the format of ``models/diffusion_models``.
         """
-        tensors = {n: w.detach().cpu().clone().contiguous() for n, w in self.transformer.state_dict().items()}
+        tensors = self.stored()
         tensors["norm_final.weight"] = torch.ones(self.transformer.config.dim)  # ComfyUI has it, and never uses it
         return tensors, {"modelspec.architecture": "lumina-2"}
 

@@ -25,6 +25,7 @@ class AdamWBF16(torch.optim.Optimizer):
 
     The rounding noise is a function of ``seed``, of how many steps were tried, and of the parameter's name in its
     group's ``names``: copies of a model stay equal bit for bit, and a run that is continued goes on as it would have.
+    A parameter that is a part of one says which by an attribute ``rows``, so that parts do not share their noise.
 
     With a 0-dimensional tensor ``found_inf`` as an attribute, a step changes nothing where that is 1, without the
     host having to know (which is how torch's fused optimisers do it).
@@ -91,7 +92,7 @@ class AdamWBF16(torch.optim.Optimizer):
             torch._foreach_add_(steps, [keep] * len(steps))
         for (name, weight), correction1, correction2 in zip(named, *corrections, strict=True):
             generator = torch.Generator(weight.device)
-            generator.manual_seed(noise_seed(self.seed, group["calls"], name))
+            generator.manual_seed(noise_seed(self.seed, group["calls"], name + getattr(weight, "rows", "")))
             self._step_weight(group, weight, correction1, correction2, keep, generator)
 
     def _step_weight(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ..config.settings import TrainSettings
 from ..errors import SettingError
@@ -12,13 +12,20 @@ from .events import Between, Evaluated, Event, LearningRateSet, Listener, Paused
 from .keeping import Keeper
 from .ledger import Ledger
 from .loop import TrainState
+from .processes import ALONE, Processes
 from .validation import Moment, Validator
+from .wire import from_line, to_line
 
 LISTEN_EVERY_S = 0.25  # while paused
+PAUSED = "paused"  # what a process says as long as it is
 
 
 class BetweenSteps:
-    """``go_on`` of the loop. ``status`` and ``note`` say how the run ended."""
+    """``go_on`` of the loop. ``status`` and ``note`` say how the run ended.
+
+    Of several processes each does all of it, at the same steps: the leader tells, and draws with an adapter that all
+    have alike; with weights that lie in all of them, all draw.
+    """
 
     def __init__(
         self,
@@ -30,7 +37,9 @@ class BetweenSteps:
         tell: Listener,
         control: Control,
         validator: Validator | None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.transformer, self.state, self.settings, self.keeper = transformer, state, settings, keeper
         self.ledger, self.tell, self.control, self.validator = ledger, tell, control, validator
         self.first = state.step
@@ -41,9 +50,7 @@ class BetweenSteps:
         step, steps = self.state.step, self.settings.steps
         if self.first < step < steps and step % self.settings.checkpoint_step_interval == 0:
             self.save()
-        if self.validator and self.validator.due(step):
-            self.ledger.read()
-            self.hear(self.validator.run(self.moment("validating")))
+        self.judge(self.validate)
         self.tick("training")
         self.obey()
         return step < steps and not self._ending
@@ -53,17 +60,39 @@ class BetweenSteps:
         self.keeper.checkpoint(self.state)
 
     def moment(self, doing: str) -> Moment:
-        return Moment(self.transformer, self.state, self.keeper.folder, self.state.step, lambda: self.tick(doing))
+        tick = self.tick if self.state.shards else self._tick
+        return Moment(self.transformer, self.state, self.keeper.folder, self.state.step, lambda: tick(doing))
 
     def tick(self, doing: str) -> None:
+        """Where all processes learn of a listener that raises."""
+        self.processes.lead(lambda: self._tick(doing))
+
+    def _tick(self, doing: str) -> None:
+        self.processes.check_alive()
         self.tell(Between(self.state.step, self.ledger.recent(), doing))
 
-    def hear(self, events: Iterable[Event]) -> None:
-        for event in events:
-            self.tell(event)
-            if isinstance(event, Evaluated) and event.best:
+    def validate(self) -> Iterable[Event]:
+        if self.validator and self.validator.due(self.state.step):
+            self.ledger.read()
+            yield from self.validator.run(self.moment("validating"))
+
+    def judge(self, judging: Callable[[], Iterable[Event]]) -> None:
+        """Tell what is drawn and worked out, and act on held-out losses."""
+        drawn_by_all = list(judging()) if self.state.shards else None
+        found: list[Evaluated] = []
+
+        def tell() -> None:
+            for event in judging() if drawn_by_all is None else drawn_by_all:
+                self.tell(event)
+                if isinstance(event, Evaluated):
+                    found.append(event)
+
+        self.processes.lead(tell)
+        for line in self.processes.share([to_line(event) for event in found]):
+            event = from_line(line)
+            if event.best:
                 self.keeper.write_beside(self.state, "best")
-            if isinstance(event, Evaluated) and event.stop:
+            if event.stop:
                 self.end("stopped", f"early stopping at step {event.step}: the held-out loss falls no more")
 
     def end(self, status: str, note: str = "") -> None:
@@ -74,9 +103,13 @@ class BetweenSteps:
         """Do what was asked; while the run is paused, wait for more."""
         paused = False
         while True:
-            for command in self.control.take():
-                self.do(command)
-            if self._ending or not self.control.paused:
+            said = [to_line(command) for command in self.control.take()]
+            said += [to_line(PAUSED)] if self.control.paused else []
+            heard = [from_line(line) for line in self.processes.share(said)]
+            for command in heard:
+                if command != PAUSED:
+                    self.do(command)
+            if self._ending or PAUSED not in heard:
                 break
             if not paused:
                 paused = True
@@ -101,11 +134,13 @@ class BetweenSteps:
                 self.keeper.set_learning_rate(rate)
                 self.tell(LearningRateSet(self.state.step, rate))
             case SampleNow(prompt):
-                if self.validator is None:
-                    self.tell(Said("Nothing can be sampled: wire a VAE into the train node."))
-                    return
-                self.ledger.read()
-                try:
-                    self.hear(self.validator.sample(self.moment("validating"), prompt))
-                except SettingError as error:  # asked in mid-run: no reason to end it
-                    self.tell(Said(str(error)))
+                self.judge(lambda: self.sampled(prompt))
+
+    def sampled(self, prompt: str) -> list[Event]:
+        if self.validator is None:
+            return [Said("Nothing can be sampled: wire a VAE into the train node.")]
+        self.ledger.read()
+        try:
+            return list(self.validator.sample(self.moment("validating"), prompt))
+        except SettingError as error:  # asked in mid-run: no reason to end it
+            return [Said(str(error))]

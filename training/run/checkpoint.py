@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import RunError
 from ..files import read_json, write_json, write_tensors
 from ..optim.state import load_optimizer_tensors, optimizer_tensors
+from .processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from .loop import TrainState
@@ -42,16 +43,17 @@ def save_checkpoint(
     state: TrainState,
     exported: Mapping[str, Tensor] | None,
     metadata: Mapping[str, str],
+    processes: Processes = ALONE,
 ) -> Checkpoint:
     """Write ``checkpoint-<step>``: first beside its place, then moved there at once, so that it is never half.
+
+    Several processes do it together: what is spread over them is gathered, and the leader writes.
 
     Args:
         exported: what is trained, as ComfyUI reads it; None: not once more, where it is the model itself.
     """
     place = run_folder / f"checkpoint-{state.step}"
     working = run_folder / f".checkpoint-{state.step}.tmp"
-    for left_over in run_folder.glob(".checkpoint-*"):  # of a process that was killed
-        shutil.rmtree(left_over, ignore_errors=True)
     tensors: dict[str, Tensor] = {
         f"adapter.{name}": weight for name, weight in {**state.adapter.weights, **state.adapter.frozen}.items()
     }
@@ -61,13 +63,21 @@ def save_checkpoint(
         tensors |= {f"ema.{name}": value for name, value in state.ema.state().items()}
     if state.loss_scale:
         tensors |= {f"loss_scale.{name}": value for name, value in state.loss_scale.state().items()}
-    write_tensors(working / "state.safetensors", tensors)
-    if exported is not None:
-        write_tensors(working / "lora.safetensors", exported, metadata)
+    if state.shards:
+        tensors = state.shards.whole(tensors)
     about = {"identity": identity, "step": state.step, "rate_factor": state.rate_factor, "optimizer": scalars}
-    write_json(working / "checkpoint.json", about)
-    _remove(place)
-    os.replace(working, place)
+
+    def write() -> None:
+        for left_over in run_folder.glob(".checkpoint-*"):  # of a process that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
+        write_tensors(working / "state.safetensors", tensors)
+        if exported is not None:
+            write_tensors(working / "lora.safetensors", exported, metadata)
+        write_json(working / "checkpoint.json", about)
+        _remove(place)
+        os.replace(working, place)
+
+    processes.lead(write)
     return Checkpoint(place, identity, state.step)
 
 
@@ -101,6 +111,8 @@ def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
     for key, value in tensors.items():
         part, _, name = key.partition(".")
         parts[part][name] = value
+    if state.shards:
+        parts = {part: state.shards.own(tensors) for part, tensors in parts.items()}
     state.adapter.load(parts["adapter"], str(checkpoint.path))
     load_optimizer_tensors(state.optimizer, parts["optimizer"], about.get("optimizer", {}))
     if state.ema:

@@ -24,6 +24,7 @@ from .checkpoint import newest_checkpoint, remove_old_checkpoints, save_checkpoi
 from .events import CheckpointSaved, Listener, LoRASaved
 from .folder import Run, RunStore
 from .loop import TrainState
+from .processes import ALONE, Processes
 
 SPARE_BYTES = 64 * 2**20  # left on the disk for everything else
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -43,15 +44,28 @@ class Keeper:
 
     Args:
         modules: the base weight of each module that can have an adapter, by the module's name.
+        processes: of the run; all call each method, and the leader writes.
     """
 
     def __init__(
-        self, store: RunStore, run: Run, settings: TrainSettings, modules: Mapping[str, Tensor], tell: Listener
+        self,
+        store: RunStore,
+        run: Run,
+        settings: TrainSettings,
+        modules: Mapping[str, Tensor],
+        tell: Listener,
+        processes: Processes = ALONE,
     ) -> None:
         self.store, self.settings, self.modules, self.tell = store, settings, modules, tell
+        self.processes = processes
         self.full = settings.full_fine_tune
         self.folder, self.file = store.path(run), store.file(run.folder, self.full)
-        self.run = store.save(run)
+        self._save(run)
+
+    def _save(self, run: Run) -> Run:
+        self.processes.lead(lambda: self.store.save(run))
+        self.run = run
+        return run
 
     def exported(self, state: TrainState) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What is trained as ComfyUI reads it, and what its file says of itself."""
@@ -64,9 +78,9 @@ class Keeper:
         tensors, metadata = (None, {}) if self.full else lora or self.exported(state)
         self.check_space(state)
         with self._disk_full(state):
-            saved = save_checkpoint(self.folder, self.run.identity, state, tensors, metadata)
-        remove_old_checkpoints(self.folder, self.settings.checkpoints_total_limit)
-        self.run = self.store.save(replace(self.run, step=state.step))
+            saved = save_checkpoint(self.folder, self.run.identity, state, tensors, metadata, self.processes)
+        self.processes.lead(lambda: remove_old_checkpoints(self.folder, self.settings.checkpoints_total_limit))
+        self._save(replace(self.run, step=state.step))
         self.tell(CheckpointSaved(state.step, saved.path))
 
     def end(self, state: TrainState, status: str, note: str = "") -> dict[str, Tensor]:
@@ -86,11 +100,14 @@ class Keeper:
         return tensors
 
     def write(self, state: TrainState, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        with self._disk_full(state):
+        def write() -> None:
             if self.full:
                 write_tensors(path, tensors, metadata)
             else:
                 write_lora(path, tensors, self.modules, metadata)
+
+        with self._disk_full(state):
+            self.processes.lead(write)
         self.tell(LoRASaved(state.step, path))
 
     def write_beside(self, state: TrainState, suffix: str) -> None:
@@ -100,19 +117,22 @@ class Keeper:
     def note(self, status: str, note: str = "") -> Run:
         """Write ``run.json`` alone."""
         notes = (*self.run.notes, note) if note else self.run.notes
-        self.run = self.store.save(replace(self.run, status=status, notes=notes))
-        return self.run
+        return self._save(replace(self.run, status=status, notes=notes))
 
     def set_learning_rate(self, rate: float) -> None:
-        self.run = self.store.save(replace(self.run, learning_rate=rate))
+        self._save(replace(self.run, learning_rate=rate))
 
     def check_space(self, state: TrainState) -> None:
         """Raises RunError where the disk has no room for one more checkpoint of this run."""
+        self.processes.lead(lambda: self._check_space(state))
+
+    def _check_space(self, state: TrainState) -> None:
         tensors, _ = optimizer_tensors(state.optimizer)
         weights = {**state.adapter.weights, **state.adapter.frozen}
         one = sum(weight.numel() * weight.element_size() for weight in weights.values())
         needed = sum(tensor.nbytes for tensor in tensors.values()) + one * (1 if self.full else 2)
         needed += sum(average.nbytes for average in state.ema.state().values()) if state.ema else 0
+        needed *= self.processes.count if state.shards else 1
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         if free < needed + SPARE_BYTES:

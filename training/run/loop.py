@@ -26,6 +26,7 @@ from ..optim.step import clip_gradients, step_optimizer
 from .batches import Batch, Batches
 from .ledger import READ_EVERY, Ledger, Part
 from .processes import ALONE, Processes
+from .shards import Shards
 
 
 @dataclass
@@ -38,6 +39,7 @@ class TrainState:
     loss_scale: LossScale | None = None  # fp16's
     step: int = 0  # optimiser steps done
     rate_factor: float = 1.0  # what the learning rate was changed by in mid-run
+    shards: Shards | None = None  # where several processes train the whole model: the adapter holds this one's rows
     whole: bool = True  # False while weights are being changed: what an error leaves then is of no step
 
 
@@ -102,7 +104,8 @@ def train(
                     (state.loss_scale.scale(loss) if state.loss_scale else loss).backward()
                     total += loss.detach()
                     parts.append(Part(each.detach(), batch.sigmas, batch.dataset))
-                total = processes.average(list(state.adapter.weights.values()), total)
+                weights = state.shards.collect() if state.shards else list(state.adapter.weights.values())
+                total = processes.average(weights, total)
                 state.whole = False
                 norm = take_step(state, settings)
                 state.step += 1
@@ -169,7 +172,8 @@ def take_step(state: TrainState, settings: TrainSettings) -> Tensor:
     weights = list(state.adapter.weights.values())
     if state.loss_scale:
         state.loss_scale.unscale([weight.grad for weight in weights if weight.grad is not None])
-    norm = clip_gradients(weights, settings.optimizer.max_grad_norm, settings.optimizer.grad_clip_method)
+    largest, method = settings.optimizer.max_grad_norm, settings.optimizer.grad_clip_method
+    norm = state.shards.clip(largest, method) if state.shards else clip_gradients(weights, largest, method)
     finite = torch.isfinite(norm)
     step_optimizer(optimizer, finite)
     if state.loss_scale:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import add_adapter
 from ..adapter.files import check_lora, read_lora, write_lora
+from ..adapter.full import Full
 from ..cache.latents import Encode, LatentCache
 from ..cache.texts import TextCache
 from ..config.settings import RESUME, TrainSettings, check_run_name
@@ -28,7 +29,7 @@ from .batches import Batches, Refiner
 from .between import BetweenSteps
 from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, read_checkpoint
 from .control import Control, reachable
-from .events import Ended, Journal, Listener, Said, Started, read_losses, to_all
+from .events import Ended, Event, Journal, Listener, Said, Started, read_losses, to_all
 from .folder import Run, RunStore
 from .identity import data_identity, decide, run_identity
 from .keeping import Keeper, is_disk_full
@@ -37,6 +38,7 @@ from .lock import locked
 from .loop import TrainState, new_state, train
 from .memory_error import is_out_of_memory, what_would_fit
 from .processes import ALONE, Processes
+from .shards import Shards, check_together
 from .validation import Validator
 
 CAPTION_SIDE = ("cap_embedder.", "context_refiner.")  # depends on the caption alone
@@ -87,35 +89,54 @@ def train_lora(
         tell: hears everything that happens; what it raises ends the training between two steps.
         control: by which the run is stopped, paused, …; also found by ``control.active`` while it runs.
         encode: the VAE, for datasets that are encoded while training.
-        validator: draws samples and works out the held-out loss.
+        validator: draws samples and works out the held-out loss; for a full fine-tune in every process.
+        processes: of which this is one; each calls this with the same arguments.
 
     Raises:
         SettingError, RunError, ModelError: the run cannot start; nothing was written.
     """
     name = check_run_name(request.name)
     start = _start(store, request, settings.steps)
+    check_together(settings, processes)
+    tell = tell if processes.leads else lambda event: None
     model = transformer_fingerprint(transformer.state_dict().items(), transformer.config)
-    identity = run_identity(settings, data_identity(latents, texts), model, request.attempt, start, processes.count)
+    data = data_identity(latents, texts)
+    asked = settings
+    settings, began_with = _with_batches_of_before(
+        store.family(name),
+        asked,
+        processes.count,
+        lambda settings: run_identity(settings, data, model, request.attempt, start),
+    )
+    identity = run_identity(settings, data, model, request.attempt, start, processes.count)
     full = settings.full_fine_tune
     modules = {n: m.weight.to("meta") for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
     folder = decide(store, name, identity, settings.steps, request.continue_token, full).folder
     file = store.file(folder, full)
-    with locked(store.root, folder):
+    with _held(store, folder, processes):
         decision = decide(store, name, identity, settings.steps, request.continue_token, full)
+        at = decision.checkpoint.step if decision.checkpoint else 0
+        drawn = validator is not None if full else ""
+        processes.check_same(f"{decision.folder} from step {at}: {identity} {drawn}")
         if decision.folder != folder:
             raise RunError(f"The training run {folder!r} was begun by another process just now. Queue again.")
         notes = [decision.message, *_differences(store, start, settings)]
+        if settings is not asked:
+            each = settings.optimizer.gradient_accumulation_steps
+            notes.append(
+                f"{processes.count} of {began_with} processes: gradient_accumulation_steps {each}, same batches"
+            )
         tell(Said("; ".join(notes)))
         events = store.root / folder / "events.jsonl"
         if decision.done and decision.run:
             read = _trained_model if full else _trained_lora
-            lora = read(file, decision.checkpoint, transformer, modules)
+            lora = processes.lead(lambda: read(file, decision.checkpoint, transformer, modules)) or {}
             tell(Ended(decision.run.status, decision.run.step, decision.message, 0))
             return Outcome(decision.run, lora, read_losses(events, decision.run.step), decision.message)
 
         with Batches(latents, texts, settings, scale_latents, encode, processes) as batches:
             caption_side = _caption_side(transformer)
-            state, said = _prepare(transformer, settings)
+            state, said = _prepare(transformer, settings, processes)
             notes += said
             if not any(name.startswith(CAPTION_SIDE) for name in state.adapter.weights):
                 batches.refine_with(_refiner(transformer, caption_side, settings))
@@ -132,18 +153,21 @@ def train_lora(
                 step=state.step,
                 target=settings.steps,
                 continue_token=request.continue_token,
-                settings=settings.written(),
+                settings=asked.written(),
                 model=model,
                 start=f"{start.path.parent.name}/{start.path.name}" if start else "",
                 notes=tuple(notes),
                 learning_rate=state.rate_factor * settings.optimizer.learning_rate if state.rate_factor != 1 else 0.0,
-                processes=processes.count,
+                processes=began_with,
             )
-            journal = Journal(events)
-            keeper = Keeper(store, run, settings, modules, to_all([journal, tell]))
+            journal = Journal(events) if processes.leads else _NoJournal(events)
+            told = processes.heard(to_all([journal, tell]))
+            keeper = Keeper(store, run, settings, modules, told, processes)
             ledger = Ledger(keeper.tell, read_losses(events, state.step), tolerant=state.loss_scale is not None)
             control = control or Control()
-            between = BetweenSteps(transformer, state, settings, keeper, ledger, keeper.tell, control, validator)
+            between = BetweenSteps(
+                transformer, state, settings, keeper, ledger, keeper.tell, control, validator, processes
+            )
             began = time.monotonic()
             try:
                 keeper.check_space(state)
@@ -152,8 +176,9 @@ def train_lora(
                     train(transformer, state, batches, settings, ledger, between, processes)
                 lora = keeper.end(state, between.status, between.note)
             except BaseException as error:
-                _keep_what_there_is(error, keeper, ledger, journal, state, between.first)
-                explained = _explained(error, keeper, state, transformer, settings, latents)
+                gone = processes.meet(state.step if state.whole else -1, error)
+                _keep_what_there_is(gone or error, keeper, ledger, journal, state, between.first)
+                explained = gone or _explained(error, keeper, state, transformer, settings, latents)
                 message = str(explained or error) or type(error).__name__
                 ended = Ended(keeper.run.status, state.step, message, time.monotonic() - began)
                 for listener in (journal, tell):  # whose own errors are not the one to raise
@@ -210,7 +235,61 @@ def _explained(
     return None
 
 
-def _prepare(transformer: Lumina2Transformer, settings: TrainSettings) -> tuple[TrainState, list[str]]:
+class _NoJournal(Journal):
+    """Of a process that does not lead."""
+
+    def write(self, events: Iterable[Event]) -> None:
+        pass
+
+
+@contextmanager
+def _held(store: RunStore, folder: str, processes: Processes) -> Iterator[None]:
+    """The run's folder is locked by the leader."""
+    with ExitStack() as stack:
+        processes.lead(lambda: stack.enter_context(locked(store.root, folder)))
+        yield
+
+
+def _with_batches_of_before(
+    runs: Iterable[Run], settings: TrainSettings, processes: int, identify: Callable[[TrainSettings], str]
+) -> tuple[TrainSettings, int]:
+    """Go on with a run that another number of processes began: its steps keep their batches by another accumulation.
+
+    Args:
+        identify: the identity of one process's run.
+
+    Returns:
+        The settings, and how many processes began the run.
+
+    Raises:
+        RunError: so many processes cannot share those batches evenly.
+    """
+    optimizer = settings.optimizer
+    each = optimizer.gradient_accumulation_steps
+
+    def accumulating(batches: int) -> TrainSettings:
+        return replace(settings, optimizer=replace(optimizer, gradient_accumulation_steps=batches))
+
+    known = list(runs)
+    if any(run.identity == identify(accumulating(each * processes)) for run in known):
+        return settings, processes
+    for run in known:
+        batches = each * run.processes
+        asked_so = run.settings.get("gradient_accumulation_steps") == each
+        same = asked_so and run.identity == identify(accumulating(batches))
+        if same and batches % processes:
+            raise RunError(
+                f"The run {run.folder!r} was begun by {run.processes} processes with {batches} batches a step, which "
+                f"{processes} processes cannot share evenly. Start it with {run.processes} or 1."
+            )
+        if same:
+            return accumulating(batches // processes), run.processes
+    return settings, processes
+
+
+def _prepare(
+    transformer: Lumina2Transformer, settings: TrainSettings, processes: Processes = ALONE
+) -> tuple[TrainState, list[str]]:
     """The transformer made ready to be trained, in place, and what the user is told of it."""
     precision = settings.precision
     device = transformer.final_layer.linear.weight.device
@@ -230,7 +309,11 @@ def _prepare(transformer: Lumina2Transformer, settings: TrainSettings) -> tuple[
     transformer.checkpoint_offload = precision.gradient_checkpointing_backend == "unsloth"
     if precision.torch_compile:
         transformer.compile_blocks()
-    return new_state(adapter, settings, computing.loss_scaling), [adapter.describe(), *computing.notes]
+    said = [adapter.describe(), *computing.notes]
+    shards = Shards(transformer, adapter, processes) if isinstance(adapter, Full) and processes.count > 1 else None
+    state = new_state(adapter, settings, computing.loss_scaling)
+    state.shards = shards
+    return state, said
 
 
 def _caption_side(transformer: Lumina2Transformer) -> str:
