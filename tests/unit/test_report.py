@@ -326,7 +326,7 @@ def test_the_chart_shows_what_it_was_given(tmp_path):
     assert all(map(math.isfinite, heights))
     assert [x for x, _ in points] == sorted(x for x, _ in points)
     assert heights[0] < heights[-1], "a loss that falls goes down the page"
-    assert min(heights) > 0, "one outlier does not press the rest together"
+    assert max(heights) - min(heights) > 150, "one outlier does not press the rest together"
     assert [mark[0].text for mark in chart.findall(".//circle")] == [
         "step 50: held-out loss 1.5",
         "step 100: held-out loss 1",
@@ -538,7 +538,7 @@ def test_a_courier_keeps_the_order_and_gives_up_the_oldest():
     assert sorted(got + lost) == list(range(6))
     assert got == sorted(got)
     assert got[-1] == 5
-    assert 2 in lost
+    assert {1, 2} <= {*lost}
 
 
 def test_tries_are_counted():

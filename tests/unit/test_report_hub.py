@@ -55,8 +55,8 @@ class Told:
 
     def __init__(self, store, settings, **options):
         self.store, self.said, self.width = store, [], 2304
-        run_settings = json.loads(json.dumps(TrainSettings(steps=6, batch_size=2).written()))
-        self.run = Run("cats", "cats", "id", "running", 0, 6, settings=run_settings)
+        chosen = TrainSettings(steps=6, batch_size=2).written()
+        self.run = Run("cats", "cats", "id", "running", 0, 6, settings=chosen)
         self.folder = store.path(store.save(self.run))
         listener = reporters(settings, store, self.said.append, **options)
         self.tell = to_all([Journal(self.folder / "events.jsonl"), listener])
@@ -224,6 +224,9 @@ def test_the_card_tells_what_was_trained_and_how_to_use_it(hub, store):
     assert all(file in hub.repos["me/cats"]["files"] for file in ("samples/000000-cat.png", "samples/000006-cat.png"))
     code = card.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
+    changed = card.split("defaults of Lumina2 Trainer:")[1].split("<details>")[0]
+    assert changed.split("| --- | --- |\n")[1].split("\n")[:2] == ["| batch_size | `2` |", "| steps | `6` |"]
+    assert changed.count("\n|") == 4
 
 
 def test_the_card_claims_no_base_and_no_path_that_it_does_not_know(store):

@@ -18,7 +18,7 @@ from .story import About, Story
 
 SHARE = 0.01  # of the training's time that may go into writing the page
 COLUMNS, ROWS, THUMBNAIL = 12, 24, 224  # validations and prompts shown, pixels
-WIDTH, HEIGHT, MARGIN = 900, 300, 44
+WIDTH, HEIGHT, MARGIN = 900, 300, 56
 
 
 class PageListener:
@@ -111,9 +111,10 @@ def _smoothed(values: Sequence[float], share: float = 0.9) -> list[float]:
 
 
 def _within_outliers(values: Sequence[float]) -> tuple[float, float]:
-    """What the axis shows: all but the highest two in a hundred, which are drawn at its end."""
+    """What the axis shows: all values, but for a few that lie far above the others, which are drawn at its end."""
     ordered = sorted(values)
-    bottom, top = ordered[0], ordered[max(int(len(ordered) * 0.98) - 1, 0)]
+    bottom, usual = ordered[0], ordered[max(int(len(ordered) * 0.98) - 1, 0)]
+    top = min(ordered[-1], usual + (usual - bottom) / 2)
     return (bottom, top) if top > bottom else (bottom - 0.5, bottom + 0.5)
 
 
@@ -188,7 +189,7 @@ _STYLE = (
     "svg{width:100%;height:auto}svg text{font-size:12px;fill:#666}"
     "polygon{fill:#3b82f6;opacity:.18}polyline{fill:none;stroke:#2563eb;stroke-width:2}circle{fill:#d97706}"
     "table{border-collapse:collapse}th,td{padding:.2rem .6rem;text-align:left;vertical-align:top;font-weight:400}"
-    ".changed th,.changed td{font-weight:600}.samples th{max-width:14rem}small{display:block;color:#777}"
+    ".changed th,.changed td{font-weight:600}.samples th{min-width:8rem;max-width:14rem}small{display:block;color:#777}"
     ".wide{overflow-x:auto}img{display:block;border-radius:4px}"
     "@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}svg text,small{fill:#999;color:#999}}"
 )

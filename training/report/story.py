@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ class Story:
     """A run's events, gathered: the newest run record, the samples, the held-out losses, how it ended."""
 
     def __init__(self, run: Run, folder: Path) -> None:
-        self.run, self.folder = run, folder
+        self.run = replace(run, settings=json.loads(json.dumps(run.settings)))  # as run.json has them
+        self.folder = folder
         self.step = run.step
         self.validations: list[dict[str, Any]] = []  # as written into events.jsonl, in order
         self.evaluations: list[dict[str, Any]] = []
