@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,18 +63,20 @@ def _combined(
     """One layer, and the squares of what it leaves out and of all."""
     biases = [(layer.bias, s) for adapters, s in parts for layer in adapters.modules[module].values()]
     bias = _sum((b, s) for b, s in biases if b is not None)
+    if not any(layer.factors for adapters, _ in parts for layer in adapters.modules[module].values()):
+        return Layer("diff", {}, bias=bias), (0.0, 0.0)
     joined = [(_as_lora(adapters, module), strength) for adapters, strength in parts]
     if all(layer is not None for layer, _ in joined):
         a = torch.cat([layer.factors["A"] for layer, _ in joined if layer])
         b = torch.cat([layer.factors["B"] * strength for layer, strength in joined if layer], 1)
         if not rank or rank >= a.shape[0]:
-            return Layer("lora", {"A": a, "B": b}, bias=bias), (0.0, 0.0)
+            return Layer("lora", {"A": a, "B": b}, bias=bias), (0.0, _square(a, b))
         new_a, new_b = of_product(a, b, rank)
         return Layer("lora", {"A": new_a, "B": new_b}, bias=bias), _lost_of_products(a, b, new_a, new_b)
     exact = _sum((adapters.delta(module, base), strength) for adapters, strength in parts)
     assert exact is not None
     if not rank or exact.ndim < 2:
-        return Layer("diff", {"diff": exact}, bias=bias), (0.0, 0.0)
+        return Layer("diff", {"diff": exact}, bias=bias), (0.0, float(exact.square().sum()))
     a, b = of_matrix(exact, rank)
     return Layer("lora", {"A": a, "B": b}, bias=bias), lost(exact, a, b)
 
@@ -87,14 +89,15 @@ def _as_lora(adapters: Adapters, module: str) -> Layer | None:
 
 
 def _lost_of_products(a: Tensor, b: Tensor, new_a: Tensor, new_b: Tensor) -> tuple[float, float]:
-    """As ``lost``, of two products, by their Gram matrices: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ)."""
+    """As ``lost``, of two products."""
+    left_out = _square(torch.cat((a, new_a)), torch.cat((b, -new_b), 1))
+    return max(left_out, 0.0), _square(a, b)
 
-    def square(first: Tensor, second: Tensor) -> float:
-        first, second = first.double(), second.double()
-        return float(((first.T @ first) * (second @ second.T)).sum())
 
-    left_out = square(torch.cat((b, -new_b), 1), torch.cat((a, new_a)))
-    return max(left_out, 0.0), square(b, a)
+def _square(a: Tensor, b: Tensor) -> float:
+    """Squared Frobenius norm of ``b @ a``, by the Gram matrices: ‖BA‖² = Σ (BᵀB) ∘ (AAᵀ)."""
+    a, b = a.double(), b.double()
+    return float(((b.T @ b) * (a @ a.T)).sum())
 
 
 def _sum(terms: Iterable[tuple[Tensor, float]]) -> Tensor | None:
@@ -125,13 +128,22 @@ def _same_model(given: Sequence[Adapters]) -> TransformerConfig:
     return largest
 
 
-def extract(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], config: TransformerConfig, rank: int) -> Combined:
+def extract(
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    config: TransformerConfig,
+    rank: int,
+    device: torch.device | None = None,
+    watch: Callable[[int, int], None] = lambda done, total: None,
+) -> Combined:
     """The adapter that leads from one model to another of the same sizes.
 
     Linear weights become LoRAs of a rank, or exact differences with rank 0; norms and biases are always exact.
 
     Args:
         base, tuned: every weight under our names.
+        device: where the work is done; the CPU by default.
+        watch: told (done, total) before each module; what it raises ends the work.
 
     Raises:
         SettingError: the rank is negative.
@@ -139,7 +151,8 @@ def extract(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], config: Tra
     """
     require(rank >= 0, "rank", rank, "choose a positive number, or 0 for exact differences")
     layers, gone, all_ = dict[Place, Layer](), 0.0, 0.0
-    for module in shapes(config):
+    for number, module in enumerate(there := shapes(config)):
+        watch(number, len(there))
         exact = _difference(base, tuned, f"{module}.weight")
         bias = _difference(base, tuned, f"{module}.bias") if f"{module}.bias" in base else None
         bias = bias if bias is not None and bias.any() else None
@@ -147,9 +160,9 @@ def extract(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], config: Tra
             if bias is not None:
                 layers[module, ""] = Layer("diff", {}, bias=bias)
             continue
-        layer, (left_out, whole) = Layer("diff", {"diff": exact}, bias=bias), (0.0, 0.0)
+        layer, (left_out, whole) = Layer("diff", {"diff": exact}, bias=bias), (0.0, float(exact.square().sum()))
         if rank and exact.ndim == 2:
-            a, b = of_matrix(exact, rank)
+            a, b = (half.cpu() for half in of_matrix(exact.to(device or exact.device), rank))
             layer, (left_out, whole) = Layer("lora", {"A": a, "B": b}, bias=bias), lost(exact, a, b)
         layers[module, ""], gone, all_ = layer, gone + left_out, all_ + whole
     if not layers:

@@ -9,20 +9,29 @@ import torch
 from torch import Tensor
 
 _EXACT_BELOW = 512  # of the smaller side: up to there the whole decomposition is still quick
+_MORE, _TURNS = 16, 6  # directions beside those asked for, and how often they are turned towards the largest
 
 
 def of_matrix(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A (rank, in) and B (out, rank) whose product is the nearest to a matrix (out, in); fp32 on its device."""
     matrix = matrix.float()
     rank = min(rank, *matrix.shape)
-    if min(matrix.shape) <= _EXACT_BELOW or matrix.is_cuda:
+    if min(matrix.shape) <= _EXACT_BELOW:
         left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            left, sizes, right = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=8)
-            right = right.T
+        range_ = _range(matrix, min(rank + _MORE, *matrix.shape))
+        left, sizes, right = torch.linalg.svd(range_.T @ matrix, full_matrices=False)
+        left = range_ @ left
     return _halves(left, sizes, right, rank)
+
+
+def _range(matrix: Tensor, size: int) -> Tensor:
+    """Orthonormal columns (out, size) that span nearly what a matrix maps to; the same on every device."""
+    drawn = torch.randn(matrix.shape[1], size, generator=torch.Generator().manual_seed(0)).to(matrix.device)
+    columns = torch.linalg.qr(matrix @ drawn)[0]
+    for _ in range(_TURNS):
+        columns = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ columns)[0])[0]
+    return columns
 
 
 def of_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

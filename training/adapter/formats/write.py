@@ -87,15 +87,28 @@ def write_adapters(
         ModelError, SettingError: as of ``written``; or the file does not hold what was written.
     """
     result = written(adapters, format, base, rank, dtype)
+    save(path, result, adapters)
+    return result
+
+
+def save(path: Path, result: Written, adapters: Adapters) -> None:
+    """Write a file, read it back and match it against the model.
+
+    Raises:
+        ModelError: the file does not hold what was written.
+    """
     write_tensors(path, result.tensors, result.metadata)
     found = read_adapters(path, adapters.config)
+    if not holds(path, result) or found.modules.keys() != adapters.modules.keys():
+        raise ModelError(f"{path} was written but reads differently. Check the disk, and save again.")
+
+
+def holds(path: Path, result: Written) -> bool:
+    """Whether a file has these very tensors."""
     from safetensors.torch import load_file
 
     there = load_file(path)
-    same = there.keys() == result.tensors.keys() and all(torch.equal(there[k], t) for k, t in result.tensors.items())
-    if not same or {module for module, _ in found.layers} != {module for module, _ in adapters.layers}:
-        raise ModelError(f"{path} was written but reads differently. Check the disk, and save again.")
-    return result
+    return there.keys() == result.tensors.keys() and all(torch.equal(there[k], t) for k, t in result.tensors.items())
 
 
 def written(
