@@ -208,34 +208,40 @@ def formulas():
     spans, x = spans_and_rows()
     branch, weight, by_sample = torch.randn_like(x), torch.randn(12).double(), torch.randn(3, 12).double()
     yield (
-        "norm_scale",
-        lambda x, w, s: fused.norm_scale(x, w, s, spans, 1e-5),
-        lambda x, w, s: norm(x, w) * (1 + per_row(s)),
-        (x, weight, by_sample),
+        "norm_gain of each sample",
+        lambda x, g: fused.norm_gain(x, g.float(), spans, 1e-5),
+        lambda x, g: norm(x, per_row(g)),
+        (x, by_sample),
     )
-    yield "norm", lambda x, w: fused.norm_scale(x, w, None, spans, 1e-5), norm, (x, weight)
+    yield "norm_gain", lambda x, g: fused.norm_gain(x, g.float(), spans, 1e-5), norm, (x, weight)
     yield (
-        "add_gated",
-        lambda x, b, w, g: fused.add_gated(x, b, w, g, spans, 1e-5),
-        lambda x, b, w, g: x + per_row(g).tanh() * norm(b, w),
-        (x, branch, weight, by_sample),
+        "add_normed of each sample",
+        lambda x, b, g: fused.add_normed(x, b, g.float(), spans, 1e-5),
+        lambda x, b, g: x + norm(b, per_row(g)),
+        (x, branch, by_sample),
     )
     yield (
         "add_normed",
-        lambda x, b, w: fused.add_gated(x, b, w, None, spans, 1e-5),
-        lambda x, b, w: x + norm(b, w),
+        lambda x, b, g: fused.add_normed(x, b, g.float(), spans, 1e-5),
+        lambda x, b, g: x + norm(b, g),
         (x, branch, weight),
     )
     yield "swiglu", fused.swiglu, lambda a, b: a * torch.sigmoid(a) * b, (x, branch)
     angle = torch.rand(11, 2) * 6
     turns = torch.stack((angle.cos(), angle.sin()), -1)
-    heads = torch.randn(11, 3, 4)
 
-    def turned(x, w):
-        pairs = torch.view_as_complex(norm(x, w).unflatten(-1, (2, 2)))
-        return torch.view_as_real(pairs * torch.view_as_complex(turns)[:, None]).flatten(-2)
+    def heads(qkv, gain):  # three that ask, two that answer
+        parts = fused.split_heads(qkv, gain.float(), 3, turns, spans, 1e-5)
+        kinds = zip(*parts, strict=True)
+        packed = [torch.cat([part.transpose(1, 2).flatten(0, 1) for part in kind]) for kind in kinds]
+        return torch.cat(packed, 1)
 
-    yield "norm_rotate", lambda x, w: fused.norm_rotate(x, w, turns, 1e-5), turned, (heads, torch.randn(4))
+    def turned(qkv, gain):
+        qk, values = qkv.view(11, 7, 4).split((5, 2), 1)
+        pairs = torch.view_as_complex(norm(qk, gain).unflatten(-1, (2, 2)))
+        return torch.cat((torch.view_as_real(pairs * torch.view_as_complex(turns)[:, None]).flatten(-2), values), 1)
+
+    yield "split_heads", heads, turned, (torch.randn(11, 28), torch.randn(5, 4))
 
 
 @pytest.mark.parametrize("which", range(6))

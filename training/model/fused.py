@@ -2,12 +2,11 @@
 
 Each function is plain arithmetic under a compiler, which fuses it by itself, and else an autograd function that keeps
 only its inputs and one number a row. All take rows of tokens ``(N, …)``; ``spans`` says which rows belong to which
-sample: see ``training.model.packing``. Norms are computed in fp32 whatever the dtype.
+sample: see ``training.model.packing``. Norms are computed in fp32 whatever the dtype; their gains are fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,30 +16,28 @@ from torch import Tensor
 from .packing import Spans
 
 
-def norm_scale(x: Tensor, weight: Tensor, scale: Tensor | None, spans: Spans, eps: float) -> Tensor:
-    """``RMSNorm(x) · (1 + scale)`` of each token's sample.
+def norm_gain(x: Tensor, gain: Tensor, spans: Spans, eps: float) -> Tensor:
+    """``RMSNorm(x) · gain``, the gain of each token's sample.
 
     Args:
         x: (N, width).
-        weight: (width,), the norm's.
-        scale: (B, width), or None for the plain norm.
+        gain: (width,) or (B, width) fp32.
     """
     if torch.compiler.is_compiling():
-        return (_normed(x, eps) * _rows(_gain(weight, scale, _one_plus), spans)).to(x.dtype)
-    return _NormScale.apply(x, weight, scale, spans, eps)
+        return (_normed(x, eps) * _rows(gain, spans)).to(x.dtype)
+    return _NormGain.apply(x, gain, spans, eps)
 
 
-def add_gated(x: Tensor, branch: Tensor, weight: Tensor, gate: Tensor | None, spans: Spans, eps: float) -> Tensor:
-    """``x + tanh(gate) · RMSNorm(branch)``, the gate of each token's sample.
+def add_normed(x: Tensor, branch: Tensor, gain: Tensor, spans: Spans, eps: float) -> Tensor:
+    """``x + gain · RMSNorm(branch)``, the gain of each token's sample.
 
     Args:
         x, branch: (N, width).
-        weight: (width,), the norm's.
-        gate: (B, width), or None for 1.
+        gain: (width,) or (B, width) fp32.
     """
     if torch.compiler.is_compiling():
-        return x + (_normed(branch, eps) * _rows(_gain(weight, gate, torch.tanh), spans)).to(x.dtype)
-    return _AddGated.apply(x, branch, weight, gate, spans, eps)
+        return x + (_normed(branch, eps) * _rows(gain, spans)).to(x.dtype)
+    return _AddNormed.apply(x, branch, gain, spans, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -50,19 +47,30 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate, up)
 
 
-def norm_rotate(x: Tensor, weight: Tensor, turns: Tensor, eps: float) -> Tensor:
-    """RMSNorm over each head, then the rotary embedding of interleaved pairs.
+def split_heads(
+    qkv: Tensor, gain: Tensor, queries: int, turns: Tensor, spans: Spans, eps: float
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Queries, keys and values of each span, the first two normalised over each head and turned by their places.
 
     Args:
-        x: (N, heads, D).
-        weight: (D,), the norm's.
-        turns: (N, D/2, 2) fp32: cosine and sine of each pair's angle.
+        qkv: (N, (query + key + value heads) · D), in that order.
+        gain: (query + key heads, D) fp32, the norms'.
+        queries: how many heads ask.
+        turns: (N, D/2, 2) fp32: cosine and sine of the angle of each pair of neighbours in a head.
+
+    Returns:
+        (samples, heads, tokens, D) of each kind.
     """
     if torch.compiler.is_compiling():
-        first, second = (_normed(x, eps) * weight.float()).unflatten(-1, (-1, 2)).unbind(-1)
+        heads, width = gain.shape
+        qk, values = qkv.unflatten(-1, (-1, width)).tensor_split((heads,), 1)
+        first, second = (_normed(qk, eps) * gain).unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = turns[:, None].unbind(-1)
-        return torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2).to(x.dtype)
-    return _NormRotate.apply(x, weight, turns, eps)
+        turned = torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2).to(qkv.dtype)
+        parts = _by_span(turned, values, queries, spans)
+    else:
+        parts = list(_SplitHeads.apply(qkv, gain, queries, turns, spans, eps))
+    return list(zip(parts[0::3], parts[1::3], parts[2::3], strict=True))
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
@@ -76,6 +84,12 @@ def _rows(gain: Tensor, spans: Spans) -> Tensor:
     return torch.cat([part.repeat_interleave(span.tokens, 0) for span, part in spans.with_samples(gain)])
 
 
+def _by_span(turned: Tensor, values: Tensor, queries: int, spans: Spans) -> list[Tensor]:
+    """Queries, keys and values of one span after the other, each (samples, heads, tokens, D), as views."""
+    kinds = (turned[:, :queries], turned[:, queries:], values)
+    return [span.of(kind).transpose(1, 2) for span in spans for kind in kinds]
+
+
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1/√(mean x² + eps) over the last dimension, kept, in fp32."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -84,11 +98,12 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 def _scaled(x: Tensor, rows: Tensor) -> Tensor:
     """``x · rows`` in one pass, rounded once to the dtype of ``x``; ``rows`` (…, 1) fp32."""
-    return torch.mul(x, rows, out=torch.empty_like(x, memory_format=torch.contiguous_format))
+    return torch.mul(x, rows, out=torch.empty_like(x))
 
 
 def _times_gain(x: Tensor, gain: Tensor, spans: Spans, out: Tensor) -> Tensor:
     """``out = x · gain`` with the gain of each token's sample; ``out`` may be ``x``."""
+    gain = gain.to(x.dtype)
     if gain.dim() == 1 or len(gain) == 1:
         return torch.mul(x, gain, out=out)
     for span, part in spans.with_samples(gain):
@@ -96,51 +111,49 @@ def _times_gain(x: Tensor, gain: Tensor, spans: Spans, out: Tensor) -> Tensor:
     return out
 
 
-def _sum_by_sample(x: Tensor, spans: Spans) -> Tensor:
-    """(B, width): the sum of the tokens of each sample of (N, width)."""
-    return torch.cat([span.of(x).sum(1) for span in spans])
+def _gain_gradient(grad: Tensor, normed: Tensor, gain: Tensor, spans: Spans) -> Tensor:
+    """The gradient towards the gain of ``normed``, in whose memory it is computed."""
+    product = normed.mul_(grad)
+    if gain.dim() == 1:
+        return product.sum(0, dtype=gain.dtype)
+    return torch.cat([span.of(product).sum(1, dtype=gain.dtype) for span in spans])
 
 
-def _norm_backward(grad: Tensor, x: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient towards ``x`` from that towards ``x · inverse``, in the memory of the latter."""
-    along = (grad * x).sum(-1, keepdim=True, dtype=torch.float32).mul_(inverse.pow(3)).div_(-x.shape[-1])
-    return torch.addcmul(grad.mul_(inverse), x, along, out=grad)
+def _norm_gradient(grad: Tensor, x: Tensor, inverse: Tensor, out: Tensor) -> Tensor:
+    """``out``: the gradient towards ``x`` from that towards ``x · inverse``, whose memory is used."""
+    along = (grad * x).sum(-1, keepdim=True, dtype=torch.float32).mul_(inverse.square()).div_(-x.shape[-1])
+    return torch.mul(torch.addcmul(grad, x, along, out=grad), inverse, out=out)
 
 
-class _NormScale(torch.autograd.Function):
+class _NormGain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, spans: Spans, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor, spans: Spans, eps: float) -> Tensor:
         inverse = _inverse_rms(x, eps)
-        ctx.save_for_backward(x, weight, scale, inverse)
+        ctx.save_for_backward(x, gain, inverse)
         ctx.spans = spans
         out = _scaled(x, inverse)
-        return _times_gain(out, _gain(weight, scale, _one_plus).to(x.dtype), spans, out)
+        return _times_gain(out, gain, spans, out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale, inverse = ctx.saved_tensors
-        d_x = d_weight = d_scale = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            by_sample = _sum_by_sample(grad * _scaled(x, inverse), ctx.spans).float()
-            factor = 1.0 if scale is None else 1 + scale.float()
-            d_weight = (by_sample * factor).sum(0).to(weight.dtype)
-            d_scale = None if scale is None else (by_sample * weight.float()).to(scale.dtype)
+        x, gain, inverse = ctx.saved_tensors
+        d_x = d_gain = None
+        if ctx.needs_input_grad[1]:
+            d_gain = _gain_gradient(grad, _scaled(x, inverse), gain, ctx.spans)
         if ctx.needs_input_grad[0]:
-            gain = _gain(weight, scale, _one_plus).to(x.dtype)
-            d_x = _norm_backward(_times_gain(grad, gain, ctx.spans, torch.empty_like(x)), x, inverse)
-        return d_x, d_weight, d_scale, None, None
+            d_normed = _times_gain(grad, gain, ctx.spans, torch.empty_like(x))
+            d_x = _norm_gradient(d_normed, x, inverse, d_normed)
+        return d_x, d_gain, None, None
 
 
-class _AddGated(torch.autograd.Function):
+class _AddNormed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, branch: Tensor, weight: Tensor, gate: Tensor | None, spans: Spans, eps: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, branch: Tensor, gain: Tensor, spans: Spans, eps: float) -> Tensor:
         inverse = _inverse_rms(branch, eps)
-        ctx.save_for_backward(branch, weight, gate, inverse)
+        ctx.save_for_backward(branch, gain, inverse)
         ctx.spans = spans
         out = _scaled(branch, inverse)
-        gain = _gain(weight, gate, torch.tanh).to(x.dtype)
+        gain = gain.to(x.dtype)
         if gain.dim() == 1 or len(gain) == 1:
             return torch.addcmul(x, out, gain, out=out)
         for span, part in spans.with_samples(gain):
@@ -149,18 +162,14 @@ class _AddGated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        branch, weight, gate, inverse = ctx.saved_tensors
-        d_branch = d_weight = d_gate = None
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            by_sample = _sum_by_sample(grad * _scaled(branch, inverse), ctx.spans).float()
-            opened = None if gate is None else gate.float().tanh()
-            d_weight = (by_sample if opened is None else by_sample * opened).sum(0).to(weight.dtype)
-            if opened is not None:
-                d_gate = (by_sample * weight.float() * (1 - opened.square())).to(gate.dtype)
+        branch, gain, inverse = ctx.saved_tensors
+        d_branch = d_gain = None
+        if ctx.needs_input_grad[2]:
+            d_gain = _gain_gradient(grad, _scaled(branch, inverse), gain, ctx.spans)
         if ctx.needs_input_grad[1]:
-            gain = _gain(weight, gate, torch.tanh).to(branch.dtype)
-            d_branch = _norm_backward(_times_gain(grad, gain, ctx.spans, torch.empty_like(branch)), branch, inverse)
-        return grad, d_branch, d_weight, d_gate, None, None
+            d_normed = _times_gain(grad, gain, ctx.spans, torch.empty_like(branch))
+            d_branch = _norm_gradient(d_normed, branch, inverse, d_normed)
+        return grad, d_branch, d_gain, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -171,40 +180,52 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """With s = sigmoid(gate) and a = gate · s: the slope of a is a + s · (1 - a)."""
         gate, up = ctx.saved_tensors
-        d_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return d_gate, F.silu(gate).mul_(grad)
+        opened = torch.sigmoid(gate)
+        active = gate * opened
+        slope = torch.lerp(active, torch.ones((), dtype=gate.dtype, device=gate.device), opened, out=opened)
+        return slope.mul_(grad).mul_(up), active.mul_(grad)
 
 
-class _NormRotate(torch.autograd.Function):
+class _SplitHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, turns: Tensor, eps: float) -> Tensor:
-        inverse = _inverse_rms(x, eps)
-        ctx.save_for_backward(x, weight, turns, inverse)
-        return _turned((x * inverse).mul_(weight.float()), turns).to(x.dtype)
+    def forward(
+        ctx: Any, qkv: Tensor, gain: Tensor, queries: int, turns: Tensor, spans: Spans, eps: float
+    ) -> tuple[Tensor, ...]:
+        qk, values = _parts(qkv.detach(), gain)
+        inverse = _inverse_rms(qk, eps)
+        ctx.save_for_backward(qkv, gain, turns, inverse)
+        ctx.queries, ctx.spans = queries, spans
+        normed = torch.mul(qk, inverse, out=qkv.new_empty(qk.shape, dtype=torch.float32))
+        return tuple(_by_span(_turn(normed.mul_(gain), turns).to(qkv.dtype), values, queries, spans))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, turns, inverse = ctx.saved_tensors
-        straight = _turned(grad.float(), turns, back=True)
-        d_weight = None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, gain, turns, inverse = ctx.saved_tensors
+        qk, _ = _parts(qkv, gain)
+        d_qkv = torch.empty_like(qkv)
+        d_qk, d_values = _parts(d_qkv, gain)
+        straight = qkv.new_empty(qk.shape, dtype=torch.float32)
+        for part, grad in zip(_by_span(straight, d_values, ctx.queries, ctx.spans), grads, strict=True):
+            part.copy_(grad)
+        _turn(straight, turns, back=True)
+        d_gain = None
         if ctx.needs_input_grad[1]:
-            d_weight = (straight * (x * inverse)).sum((0, 1)).to(weight.dtype)
-        d_x = _norm_backward(straight.mul_(weight.float()), x, inverse).to(x.dtype)
-        return d_x, d_weight, None, None
+            d_gain = (straight * qk).mul_(inverse).sum(0)
+        _norm_gradient(straight.mul_(gain), qk, inverse, d_qk)
+        return d_qkv, d_gain, None, None, None, None
 
 
-def _turned(x: Tensor, turns: Tensor, back: bool = False) -> Tensor:
-    """Each pair of the last dimension turned by its angle: a complex product. ``x`` fp32 (N, heads, D)."""
+def _parts(qkv: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Views (N, heads, D) of the queries and keys, which ``gain`` belongs to, and of the values."""
+    heads, width = gain.shape
+    whole = qkv.view(len(qkv), -1, width)
+    return whole[:, :heads], whole[:, heads:]
+
+
+def _turn(x: Tensor, turns: Tensor, back: bool = False) -> Tensor:
+    """Each pair of the last dimension turned by its angle, in place: a complex product. ``x`` fp32 (N, heads, D)."""
     angles = torch.view_as_complex(turns)[:, None]
-    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * (angles.conj() if back else angles)).flatten(-2)
-
-
-def _one_plus(x: Tensor) -> Tensor:
-    return 1 + x
-
-
-def _gain(weight: Tensor, by_sample: Tensor | None, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """(width,) or (B, width) fp32."""
-    return weight.float() if by_sample is None else function(by_sample.float()) * weight.float()
+    torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(angles.conj() if back else angles)
+    return x

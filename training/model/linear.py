@@ -52,11 +52,11 @@ class Linear(nn.Linear):
         return scratch(self.weight.shape, dtype).copy_(self.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.weight.dtype == x.dtype:
-            return F.linear(x, self.weight, bias)
-        if self.weight.requires_grad:
-            return _TrainedLinear.apply(x, self.weight, bias, self.read)
+        weight, bias = self.weight, None if self.bias is None else self.bias.to(x.dtype)
+        if weight.dtype == x.dtype:
+            return F.linear(x, weight, bias)
+        if weight.requires_grad:
+            return _TrainedLinear.apply(x, weight, bias, self.read)
         return _FrozenLinear.apply(x, bias, self.read)
 
 

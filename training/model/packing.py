@@ -24,7 +24,7 @@ class Span:
 
     def of(self, rows: Tensor) -> Tensor:
         """Their rows of (N, …) as (samples, tokens, …), a view."""
-        return rows[self.start : self.end].unflatten(0, (self.samples, self.tokens))
+        return rows[self.start : self.end].view(self.samples, self.tokens, *rows.shape[1:])
 
 
 class Spans(tuple[Span, ...]):

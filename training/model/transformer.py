@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 
 from ..errors import ModelError
 from .config import TransformerConfig
-from .fused import add_gated, norm_rotate, norm_scale, swiglu
+from .fused import add_normed, norm_gain, split_heads, swiglu
 from .linear import Linear, computed_in
 from .packing import Spans, interleave, last_rows, pack
 
@@ -41,21 +41,19 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.head_dim, self.rows, self.eps = config.head_dim, config.qkv_rows, config.norm_eps
+        self.heads, self.kv_heads, self.eps = config.heads, config.kv_heads, config.norm_eps
         self.qkv = Linear(config.dim, sum(config.qkv_rows), bias=False)
         self.out = Linear(config.dim, config.dim, bias=False)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def forward(self, x: Tensor, turns: Tensor, spans: Spans) -> Tensor:
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.rows, -1))
-        q = norm_rotate(q, self.q_norm.weight, turns, self.eps)
-        k = norm_rotate(k, self.k_norm.weight, turns, self.eps)
+        q_gain, k_gain = self.q_norm.weight, self.k_norm.weight
+        gain = torch.cat((q_gain.expand(self.heads, -1), k_gain.expand(self.kv_heads, -1))).float()
         mixed = []
-        for span in spans:
-            query, key, value = (span.of(part).transpose(1, 2) for part in (q, k, v))
-            heads = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-            mixed.append(heads.transpose(1, 2).flatten(2).flatten(0, 1))
+        for q, k, v in split_heads(self.qkv(x), gain, self.heads, turns, spans, self.eps):
+            heads = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            mixed.append(heads.transpose(1, 2).reshape(-1, x.shape[-1]))
         return self.out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
 
 
@@ -87,13 +85,21 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, turns: Tensor, spans: Spans, time: Tensor | None) -> Tensor:
         """Tokens (N, dim), their rotary angles, which belong to which sample, and the time embedding (B, time_dim)."""
-        scale_a = gate_a = scale_f = gate_f = None
+        before_a, after_a, before_f, after_f = self._gains(time)
+        mixed = self.attention(norm_gain(x, before_a, spans, self.eps), turns, spans)
+        x = add_normed(x, mixed, after_a, spans, self.eps)
+        mixed = self.feed_forward(norm_gain(x, before_f, spans, self.eps))
+        return add_normed(x, mixed, after_f, spans, self.eps)
+
+    def _gains(self, time: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What each norm's output is multiplied with, (width,) or (B, width) fp32: scales before, gates after."""
+        norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
+        before_a, after_a, before_f, after_f = (norm.weight.float() for norm in norms)
         if self.modulated:
-            scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time).chunk(4, -1)
-        mixed = self.attention(norm_scale(x, self.attention_norm1.weight, scale_a, spans, self.eps), turns, spans)
-        x = add_gated(x, mixed, self.attention_norm2.weight, gate_a, spans, self.eps)
-        mixed = self.feed_forward(norm_scale(x, self.ffn_norm1.weight, scale_f, spans, self.eps))
-        return add_gated(x, mixed, self.ffn_norm2.weight, gate_f, spans, self.eps)
+            scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time).float().chunk(4, -1)
+            before_a, after_a = (1 + scale_a) * before_a, gate_a.tanh() * after_a
+            before_f, after_f = (1 + scale_f) * before_f, gate_f.tanh() * after_f
+        return before_a, after_a, before_f, after_f
 
 
 class TimeEmbedder(nn.Module):
@@ -204,7 +210,7 @@ class Lumina2Transformer(nn.Module):
         spans = Spans.of_lengths(lengths)
         packed = pack(captions, lengths).to(self.dtype)
         weight: Tensor = self.cap_embedder[0].weight  # type: ignore[assignment]
-        text = self.cap_embedder[1](norm_scale(packed, weight, None, spans, self.config.norm_eps))
+        text = self.cap_embedder[1](norm_gain(packed, weight.float(), spans, self.config.norm_eps))
         turns = self._turns(0, 0, lengths, text.device)[0]
         for number, block in enumerate(self.context_refiner):
             text = self._run(number, block, text, turns, spans, None)
