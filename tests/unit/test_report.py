@@ -17,11 +17,13 @@ from PIL import Image
 
 from training.cache.given import keep_given
 from training.cache.store import Store
+from training.cache.texts import Validation
 from training.config.adapter import LoRASettings
 from training.config.dataset import MixSettings
 from training.config.optim import OptimizerSettings
 from training.config.report import ReportSettings
 from training.config.settings import Config, TrainSettings, deciding
+from training.config.validation import ValidationSettings
 from training.errors import SettingError
 from training.model.config import TransformerConfig
 from training.model.transformer import Lumina2Transformer
@@ -30,7 +32,7 @@ from training.report.courier import Courier, RefusedError, try_again
 from training.report.login import check_logins, login_problems
 from training.report.page import loss_chart, page
 from training.report.reporters import reporters
-from training.report.story import About, Story, dataset_facts
+from training.report.story import About, Story, about_run
 from training.run.curves import curves
 from training.run.events import Ended, Evaluated, Said, Sample, Started, StepDone, Validated
 from training.run.folder import Run, RunStore
@@ -512,9 +514,14 @@ def test_webhooks_may_lie_in_a_file(tmp_path):
 
 
 def test_facts_of_the_datasets_hold_no_path(caches, tmp_path):
-    (facts,) = dataset_facts(caches[0])
+    latents, texts = caches
+    chosen = ValidationSettings(validation_num_inference_steps=3, validation_guidance=5.0)
+    about = about_run(latents, replace(texts, validation=Validation((), "", "Draw.", 256, chosen)), "me/base")
+    (facts,) = about.datasets
     assert (facts.pictures, facts.sizes) == (5, ("32×32", "64×32"))
-    about = About(trigger="x", datasets=(facts,), sampling={"steps": 3})
+    assert about.base_model == "me/base"
+    assert about.sampling == {"steps": 3, "guidance": 5.0, "negative_prompt": "", "system_prompt": "Draw."}
+    assert about_run(latents, texts).sampling == {}
     about.keep(tmp_path)
     assert About.read(tmp_path) == about
     assert str(tmp_path) not in (tmp_path / "report.json").read_text()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..cache.latents import LatentCache
+from ..cache.texts import TextCache
 from ..files import read_json, write_json
 from ..run.events import Event, StepDone, read_events, written
 from ..run.folder import Run
@@ -79,6 +80,25 @@ def dataset_facts(latents: LatentCache) -> tuple[DatasetFacts, ...]:
             )
         )
     return tuple(facts)
+
+
+def about_run(latents: LatentCache, texts: TextCache, base_model: str = "") -> About:
+    """What a card can be told of the data and of how samples are drawn.
+
+    Args:
+        base_model: a hub id, where it is known.
+    """
+    validation = texts.validation
+    chosen = validation.settings if validation else None
+    sampling: dict[str, Any] = {}
+    if validation and chosen:
+        sampling = {
+            "steps": chosen.validation_num_inference_steps,
+            "guidance": chosen.validation_guidance,
+            "negative_prompt": chosen.validation_negative_prompt,
+            "system_prompt": validation.system_prompt,
+        }
+    return About(base_model, datasets=dataset_facts(latents), sampling=sampling)
 
 
 class Story:
