@@ -274,7 +274,7 @@ def _train(
     """Train, or hand out what was trained before; what the config says wins over the widgets."""
     from ..training.report.login import check_logins
     from ..training.report.reporters import reporters
-    from ..training.report.story import About, dataset_facts
+    from ..training.report.story import about_run
     from ..training.sample.validator import SampleValidator
     from .bridge import embed_text, trainable_transformer, training
 
@@ -289,7 +289,6 @@ def _train(
         )
     )
     progress = Progress(node_id, settings.steps)
-    check_logins(config.report)
     progress.say("loading the model")
     transformer = trainable_transformer(model)
     scale, unscale = model.model.process_latent_in, model.model.process_latent_out
@@ -315,11 +314,12 @@ def _train(
             to_all(
                 [
                     RunProgress(progress, settings.steps),
-                    reporters(config.report, store, progress.say, About(datasets=dataset_facts(latents))),
+                    reporters(config.report, store, progress.say, about_run(latents, embeds)),
                 ]
             ),
             encode=vae.encode if vae is not None else None,
             validator=validator,
+            check=lambda: check_logins(config.report),
         )
     drawn = _drawn(store.path(outcome.run), outcome.run.step)
 

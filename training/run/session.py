@@ -78,6 +78,7 @@ def train_lora(
     control: Control | None = None,
     encode: Encode | None = None,
     validator: Validator | None = None,
+    check: Callable[[], None] = lambda: None,
     processes: Processes = ALONE,
 ) -> Outcome:
     """Train, go on training, or hand out what was trained before (see ``identity.decide``).
@@ -134,6 +135,7 @@ def train_lora(
             tell(Ended(decision.run.status, decision.run.step, decision.message, 0))
             return Outcome(decision.run, lora, read_losses(events, decision.run.step), decision.message)
 
+        check()
         with Batches(latents, texts, settings, scale_latents, encode, processes) as batches:
             caption_side = _caption_side(transformer)
             state, said = _prepare(transformer, settings, processes)
