@@ -33,6 +33,7 @@ from training.sample.draw import draw_latents, picture_noise
 from training.sample.heldout import held_out_pictures
 from training.sample.pictures import read_recipe
 from training.sample.validator import SampleValidator
+from training.sample.weights import undisturbed
 
 CONFIG = TransformerConfig(
     dim=48, layers=1, refiner_layers=1, heads=4, kv_heads=2, caption_dim=8, ffn_dim=64, channels=3, axes_dim=(4, 4, 4)
@@ -182,6 +183,27 @@ def test_losses_are_the_same_bit_for_bit_with_validation_and_without(training, t
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_looking_disturbs_nothing():
+    model = transformer().train()
+    model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+
+    def look():
+        with undisturbed(model):
+            torch.rand(3)
+            assert not torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()  # or what the model keeps could never be trained through
+            assert not any(module.training for module in model.modules())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        look()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == before
+    assert torch.is_grad_enabled()
+
+
 def test_pictures_come_at_their_steps_each_once_and_say_what_they_show(training):
     training()
     assert [event.step for event in training.of(Validated)] == [0, 2, 4, 6]
@@ -202,11 +224,11 @@ def test_pictures_come_at_their_steps_each_once_and_say_what_they_show(training)
     assert doing.count("validating") == pictures * 3 + held_out * 2  # steps, and levels
 
 
-def expected(cache, lora=None):
-    """The cat's picture as (height, width, 3), by the base model or with a LoRA file's weights added to its own."""
-    texts, model = cache.texts(CHOSEN), transformer()
+def expected(cache, lora=None, text="a red cat"):
+    """The picture (height, width, 3) of a prompt, by the base model or with a LoRA file's weights added to its own."""
+    texts, model = cache.texts(replace(CHOSEN, validation_prompt=text)), transformer()
     entries = texts.store.open()
-    cat = next(each for each in texts.validation.prompts if each.prompt.text == "a red cat")
+    drawn = next(each for each in texts.validation.prompts if each.prompt.text == text)
     with torch.no_grad():
         for key, b in (lora or {}).items():
             if key.endswith("lora_B.weight"):
@@ -215,8 +237,14 @@ def expected(cache, lora=None):
                 alpha = lora.get(f"diffusion_model.{name}.alpha", torch.tensor(float(a.shape[0])))
                 model.get_submodule(name).weight += b @ a * (alpha / a.shape[0])
         noise = picture_noise(42, 3, CHOSEN.sizes[0])
-        latents = draw_latents(model, entries.read(cat.key), entries.read(texts.validation.negative), noise, CHOSEN)
+        latents = draw_latents(model, entries.read(drawn.key), entries.read(texts.validation.negative), noise, CHOSEN)
     return (decode(latents)[0].clamp(0, 1) * 255).round().numpy()
+
+
+def test_the_last_step_is_looked_at_whatever_the_interval(training):
+    training(PLAIN, chosen=replace(CHOSEN, validation_step_interval=4, eval_steps_interval=4, disable_benchmark=True))
+    assert [event.step for event in training.of(Validated)] == [4, 6]
+    assert [event.step for event in training.of(Evaluated)] == [0, 4, 6]
 
 
 def test_the_base_is_drawn_with_the_adapter_off_and_the_rest_with_the_weights_in_training(training):
@@ -272,7 +300,9 @@ def test_a_validation_that_was_cut_is_drawn_again_and_other_prompts_get_their_ba
     training(chosen=replace(CHOSEN, validation_prompt="a red cat\na dog"))
     told = training.of(Validated)
     assert [(event.step, len(event.samples)) for event in told] == [(0, 1), (4, 6), (6, 6)]
-    assert told[0].samples[0].prompt == "a dog"
+    (dog,) = told[0].samples
+    assert dog.prompt == "a dog"
+    assert np.abs(pixels(training.folder / dog.path) - expected(training.cache, text="a dog")).max() <= 1
 
 
 def test_a_full_fine_tune_draws_its_base_at_the_start_only(training):
