@@ -8,7 +8,10 @@ from .dataset import Lumina2DatasetOptions, Lumina2LoadDataset, Lumina2LoadDatas
 from .given import Lumina2DatasetFromImages, Lumina2DatasetFromLatents, Lumina2SaveCaptions
 from .hub import Lumina2PushToHub, Lumina2ReportSettings
 from .loader import Lumina2LoadDiffusers
+from .lora import Lumina2ConvertLoRA, Lumina2LoadLoRA, Lumina2SaveLoRA
+from .lora_tools import Lumina2ExtractLoRA, Lumina2MergeLoRA, Lumina2ResizeLoRA
 from .preview import Lumina2PreviewDataset
+from .runs import Lumina2LoadRun
 from .settings import Lumina2LoRASettings, Lumina2LyCORISSettings, Lumina2TrainingSettings
 from .train import TrainLumina2Full, TrainLumina2LoRA
 from .validate import Lumina2ValidateSample
@@ -16,6 +19,14 @@ from .validation import Lumina2ValidationSettings
 
 
 class Lumina2Extension(ComfyExtension):
+    async def on_load(self) -> None:
+        from server import PromptServer
+
+        if getattr(PromptServer, "instance", None):
+            from .routes import add_routes
+
+            add_routes(PromptServer.instance.routes)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             Lumina2LoadDiffusers,
@@ -36,7 +47,14 @@ class Lumina2Extension(ComfyExtension):
             Lumina2ReportSettings,
             TrainLumina2LoRA,
             TrainLumina2Full,
+            Lumina2LoadRun,
             Lumina2ValidateSample,
             Lumina2ValidationSettings,
             Lumina2PushToHub,
+            Lumina2LoadLoRA,
+            Lumina2SaveLoRA,
+            Lumina2ConvertLoRA,
+            Lumina2MergeLoRA,
+            Lumina2ExtractLoRA,
+            Lumina2ResizeLoRA,
         ]

@@ -25,8 +25,20 @@ NODES = {
     "Lumina2LyCORISSettings": "LyCORIS Settings",
     "Lumina2TrainingSettings": "Training Settings",
     "TrainLumina2LoRA": "Train Lumina2 LoRA",
+    "Lumina2LoadRun": "Load Training Run",
     "Lumina2ValidateSample": "Validate Sample",
+    "Lumina2PushToHub": "Push to Hub",
+    "Lumina2ReportSettings": "Tracking Settings",
+    "Lumina2SaveConfig": "Save Training Config",
+    "Lumina2LoadConfig": "Load Training Config",
+    "TrainLumina2Full": "Train Lumina2 (full fine-tune)",
     "Lumina2ValidationSettings": "Validation Settings",
+    "Lumina2LoadLoRA": "Load LoRA (Lumina2)",
+    "Lumina2SaveLoRA": "Save LoRA",
+    "Lumina2ConvertLoRA": "Convert LoRA",
+    "Lumina2MergeLoRA": "Merge LoRAs",
+    "Lumina2ExtractLoRA": "Extract LoRA",
+    "Lumina2ResizeLoRA": "Resize LoRA",
 }
 TRAIN_WIDGETS = ["run_name", "steps", "learning_rate", "rank", "batch_size", "seed", "resume", "checkpoint"]
 
