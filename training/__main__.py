@@ -28,6 +28,7 @@ from .command.answer import FAILED, KILLED, WRONG
 from .errors import Lumina2Error, SettingError
 
 COMMANDS = ("train", "cache", "validate", "check", "init", "estimate", "info", "clean")
+FOR_PROGRAMS = ("launched",)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     first = argparse.ArgumentParser(
         prog="python <plugin folder>", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    first.add_argument("command", choices=COMMANDS)
+    first.add_argument("command", choices=(*COMMANDS, *FOR_PROGRAMS), metavar="command")
     chosen = first.parse_args(given[:1]).command
     module = importlib.import_module(f".command.{chosen}", __package__)  # the others, and what they need, stay out
     parser = argparse.ArgumentParser(

@@ -32,9 +32,11 @@ from training.model.transformer import Lumina2Transformer
 from training.optim.adamw_bf16 import AdamWBF16
 from training.run.checkpoint import newest_checkpoint
 from training.run.control import Control
-from training.run.events import Between, Evaluated
+from training.run.events import Between, CheckpointSaved, Ended, Evaluated, LoRASaved, Started, StepDone
 from training.run.folder import RunStore
+from training.run.launching import launch as launch_run
 from training.run.processes import joined
+from training.run.remote import Spec, write_model
 from training.run.session import Request, train_lora
 
 CONFIG = TransformerConfig(
@@ -324,6 +326,50 @@ def test_an_interrupt_of_the_leader_keeps_what_lies_in_both(together, folder):
     assert store_in(folder).read("broken off").status == "interrupted"
     assert newest_checkpoint(folder / "runs" / "broken off").step == 3
     assert (folder / "models" / "broken off.safetensors").exists()
+
+
+class Following:
+    """Hears a run that goes on in other processes."""
+
+    def __init__(self, at, do):
+        self.at, self.do, self.heard = at, do, []
+
+    def __call__(self, event):
+        self.heard.append(event)
+        if isinstance(event, Between) and event.doing == "training" and event.step == self.at:
+            self.do()
+
+
+def handed_over(folder, name, settings, tell, control=None):
+    latents, texts = caches(folder / "caches")
+    model = write_model(transformer(), folder / "models", lambda text: None)
+    spec = Spec(model, latents, texts, settings, Request(name), store_in(folder), 2, 0.0, 0.5, 6.0)
+    return launch_run(spec, folder / "launches", tell, control)
+
+
+def test_a_run_is_handed_to_two_processes_and_followed(alone, tmp_path):
+    control = Control()
+    following = Following(12, control.stop)
+    outcome = handed_over(tmp_path, "handed", settings(LoRASettings(4)), following, control)
+    assert (outcome.run.status, outcome.run.processes) == ("stopped", 2)
+    assert 12 <= outcome.run.step < STEPS
+    assert outcome.losses == pytest.approx(alone[1]["lora"][: outcome.run.step], rel=1e-5)
+    written = load_file(tmp_path / "loras" / "handed.safetensors")
+    assert written.keys() == outcome.lora.keys()
+    assert {StepDone, Started, CheckpointSaved, LoRASaved, Ended} <= set(map(type, following.heard))
+    steps = [event.step for event in following.heard if isinstance(event, StepDone)]
+    assert steps == [*range(1, outcome.run.step + 1)]
+
+
+def test_an_interrupt_ends_what_was_handed_over_with_everything_saved(tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        handed_over(tmp_path, "handed", replace(settings(FullSettings()), steps=100_000), Following(3, interrupt))
+    record = store_in(tmp_path).read("handed")
+    assert record.status == "interrupted"
+    assert newest_checkpoint(tmp_path / "runs" / "handed").step == record.step >= 3
 
 
 def test_a_number_of_processes_that_cannot_share_the_batches_is_refused(tmp_path):
