@@ -42,5 +42,3 @@ def test_the_cases_have_a_bit_of_everything():
 @pytest.mark.parametrize("number", CASES)
 def test_killed_and_gone_on_with_is_as_undisturbed(number, tmp_path):
     check(number, tmp_path)
-
-
