@@ -27,11 +27,12 @@ from training.run.folder import Run, RunStore
 from training.run.launching import command_line, launch
 from training.run.link import launched
 from training.run.processes import ALONE, Processes
-from training.run.remote import Failed, Finished, Spec, obey, read_model, write_model
+from training.run.remote import Failed, Finished, Spec, obey, read_model, write_model, write_vae
 from training.run.session import Request
 from training.run.shards import BY_NUMBER, check_together
 from training.run.wire import from_line, to_line
 
+NANO = Path(__file__).resolve().parents[2] / "assets" / "nano"
 CONFIG = TransformerConfig(
     dim=24, layers=1, refiner_layers=1, heads=2, kv_heads=1, caption_dim=8, ffn_dim=32, channels=4, axes_dim=(4, 4, 4)
 )
@@ -275,6 +276,24 @@ def test_a_model_is_written_once_and_read_as_it_was(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ModelError, match="cannot be read"):
         read_model(path)
+
+
+def test_a_vae_is_laid_out_as_its_weights_say(tmp_path):
+    from diffusers import AutoencoderKL
+
+    original = AutoencoderKL.from_pretrained(NANO / "vae")
+    path = write_vae(original.state_dict(), 0.1159, 0.3611, tmp_path)
+    again = AutoencoderKL.from_pretrained(path)
+    latents = torch.randn(1, 16, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(again.decode(latents).sample, original.decode(latents).sample)
+        pictures = torch.rand(1, 3, 32, 32)
+        assert torch.equal(again.encode(pictures).latent_dist.mean, original.encode(pictures).latent_dist.mean)
+    for name in ("shift_factor", "scaling_factor", "block_out_channels", "latent_channels"):
+        assert again.config[name] == original.config[name]
+    written = (path / "config.json").stat().st_mtime_ns
+    assert write_vae(original.state_dict(), 0.1159, 0.3611, tmp_path) == path
+    assert (path / "config.json").stat().st_mtime_ns == written
 
 
 # --- a run that is followed

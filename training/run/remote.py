@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -18,9 +19,9 @@ from ..cache.latents import Encode, LatentCache
 from ..cache.texts import TextCache
 from ..config.settings import TrainSettings
 from ..errors import Lumina2Error, ModelError
-from ..files import write_tensors
+from ..files import write_json, write_tensors
 from ..model.config import TransformerConfig
-from ..model.fingerprint import transformer_fingerprint
+from ..model.fingerprint import fingerprint, transformer_fingerprint
 from ..model.transformer import Lumina2Transformer
 from .control import Control
 from .events import Event
@@ -162,6 +163,45 @@ def write_model(transformer: Lumina2Transformer, folder: Path, say: Callable[[st
         size = sum(weight.nbytes for weight in weights.values())
         say(f"writing the model for the other processes, once: {size / 2**30:.2f} GB to {path}")
         write_tensors(path, weights, {"config": json.dumps(asdict(config))})
+    return path
+
+
+def write_vae(weights: Mapping[str, Tensor], shift: float, scale: float, folder: Path) -> Path:
+    """A VAE in a folder of diffusers' layout, written once and used again.
+
+    Args:
+        weights: under diffusers' names; the layout is read off them, with groups of 32 in the norms, as ComfyUI has it.
+        shift, scale: of its latents.
+    """
+    path = folder / f"vae-{fingerprint(weights.items())}"
+    if (path / "config.json").exists():
+        return path
+    widths = []
+    while (conv := weights.get(f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight")) is not None:
+        widths.append(len(conv))
+    layers = sum(
+        re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight", name) is not None for name in weights
+    )
+    config = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "in_channels": weights["encoder.conv_in.weight"].shape[1],
+        "out_channels": len(weights["decoder.conv_out.weight"]),
+        "latent_channels": weights["decoder.conv_in.weight"].shape[1],
+        "layers_per_block": layers,
+        "mid_block_add_attention": any(".mid_block.attentions." in name for name in weights),
+        "norm_num_groups": 32,
+        "use_quant_conv": "quant_conv.weight" in weights,
+        "use_post_quant_conv": "post_quant_conv.weight" in weights,
+        "shift_factor": shift,
+        "scaling_factor": scale,
+        "force_upcast": True,
+    }
+    write_tensors(path / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
+    write_json(path / "config.json", config)
     return path
 
 
