@@ -7,6 +7,8 @@
     python <plugin folder> init      a configuration for a folder of pictures and a size of memory
     python <plugin folder> estimate  how much memory a training will need, and which switch saves how much
     python <plugin folder> info      what a run, checkpoint, LoRA, dataset or configuration holds
+    python <plugin folder> convert   a LoRA in another format, or several as one
+    python <plugin folder> export    a whole model in another layout
     python <plugin folder> clean     remove what no dataset refers to from a cache folder
 
 Each of them says more with --help, and prints one line of JSON on stdout with --json; all else goes to stderr.
@@ -27,7 +29,7 @@ import sys
 from .command.answer import FAILED, KILLED, WRONG
 from .errors import Lumina2Error, SettingError
 
-COMMANDS = ("train", "cache", "validate", "check", "init", "estimate", "info", "clean")
+COMMANDS = ("train", "cache", "validate", "check", "init", "estimate", "info", "convert", "export", "clean")
 FOR_PROGRAMS = ("launched",)
 
 

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> Answer:
     transformer.eval()
     kinds: list[tuple[str, AbstractContextManager[object]]] = []
     if lora:
-        adapter = add_adapter(transformer, LoRASettings(init_lora=str(lora)), 0)
+        adapter = add_adapter(transformer, LoRASettings(targets="all", init_lora=str(lora)), 0)
         kinds.append((lora.stem, nullcontext()))
         if not options.without_base:
             kinds.insert(0, ("base", adapter.off()))
