@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from ..training.config.adapter import AdapterSettings, FullSettings, LoRASetting
 from ..training.config.optim import OptimizerSettings
 from ..training.config.settings import RESUME, Config, TrainSettings
 from ..training.errors import SettingError
-from ..training.run.events import to_all
-from ..training.run.session import Outcome, Request, train_lora
 from . import places
 from .progress import Progress, RunProgress
 from .sockets import AdapterSocket, ConfigSocket, EmbedsSocket, LatentsSocket, LoraModelSocket, LossMapSocket
 
 SAMPLES, SAMPLE_STEPS, SAMPLE_GUIDANCE = 2, 20, 4.0
+
+if TYPE_CHECKING:
+    from ..training.run.session import Outcome
 
 
 class TrainLumina2LoRA(io.ComfyNode):
@@ -275,6 +276,8 @@ def _train(
     from ..training.report.login import check_logins
     from ..training.report.reporters import reporters
     from ..training.report.story import about_run
+    from ..training.run.events import to_all
+    from ..training.run.session import Request, train_lora
     from ..training.sample.validator import SampleValidator
     from .bridge import embed_text, trainable_transformer, training
 

@@ -124,3 +124,27 @@ def test_a_full_fine_tune_gives_a_model_of_its_own(server):
     assert np.array_equal(pictures(server, "whole base")[-1], base)
     assert file.read_bytes() == before
     assert run_json(server, "whole model")["settings"]["full_targets"] == ""
+
+
+def test_a_run_is_loaded_as_it_was_at_any_checkpoint(server):
+    graph = workflow("to load", steps=6, learning_rate=1e-2)
+    graph["config"] = config(base_model_precision="no_change")
+    graph["train"]["inputs"]["config"] = ["config", 0]
+    server.run(graph)
+    runs = server.base / "output" / "lumina2" / "to load"
+    for checkpoint, file in (
+        ("", server.base / "models" / "loras" / "lumina2" / "to load.safetensors"),
+        ("checkpoint-3", runs / "checkpoint-3" / "lora.safetensors"),
+    ):
+        loaded = node("Lumina2LoadRun", run="to load", checkpoint=checkpoint)
+        save = node("SaveLoRA", lora=["load", 0], prefix=f"loras/loaded {checkpoint}", steps=3)
+        server.run({"load": loaded, "save": save})
+        (saved,) = (server.base / "output" / "loras").glob(f"loaded {checkpoint}*")
+        kept, written = load_file(file), load_file(saved)
+        assert kept.keys() == written.keys()
+        assert all((kept[key] == written[key]).all() for key in kept)
+        saved.unlink()
+    with pytest.raises(ServerError, match=r"no checkpoint .checkpoint-4.\. There are: checkpoint-3, checkpoint-6"):
+        server.run({"load": node("Lumina2LoadRun", run="to load", checkpoint="checkpoint-4"), "save": save})
+    with pytest.raises(ServerError, match="no training run 'nobody'"):
+        server.run({"load": node("Lumina2LoadRun", run="nobody", checkpoint=""), "save": save})

@@ -6,7 +6,6 @@ in the CPU's memory, so that no step waits for the device.
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import sys
 import threading
@@ -231,6 +230,8 @@ class Link:
 
 def _end_within(seconds: float) -> None:
     """End this process hard when the time is over, even where it waits inside of a library for one that is gone."""
+    import faulthandler
+
     faulthandler.dump_traceback_later(seconds, exit=True, file=_nowhere())
 
 
