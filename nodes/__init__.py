@@ -11,6 +11,7 @@ from .loader import Lumina2LoadDiffusers
 from .lora import Lumina2ConvertLoRA, Lumina2LoadLoRA, Lumina2SaveLoRA
 from .lora_tools import Lumina2ExtractLoRA, Lumina2MergeLoRA, Lumina2ResizeLoRA
 from .preview import Lumina2PreviewDataset
+from .routes import add_routes
 from .runs import Lumina2LoadRun
 from .settings import Lumina2LoRASettings, Lumina2LyCORISSettings, Lumina2TrainingSettings
 from .train import TrainLumina2Full, TrainLumina2LoRA
@@ -19,15 +20,8 @@ from .validation import Lumina2ValidationSettings
 
 
 class Lumina2Extension(ComfyExtension):
-    async def on_load(self) -> None:
-        from server import PromptServer
-
-        if getattr(PromptServer, "instance", None):
-            from .routes import add_routes
-
-            add_routes(PromptServer.instance.routes)
-
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        add_routes()  # ComfyUI 0.3.75 calls no on_load
         return [
             Lumina2LoadDiffusers,
             Lumina2LoadDataset,

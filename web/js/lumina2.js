@@ -1,22 +1,27 @@
-// The page's side of the nodes: what a saved workflow carries but nobody sets by hand stays hidden, a LoRA that was
-// just trained appears in every loader's list, and the nodes speak the page's language on every frontend.
+// What every page loads: the places where the panel, the sidebar and the completion of folders appear. What they show is
+// imported when one of them is seen for the first time.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
 const CATEGORY = "Lumina2";
-const TRAIN_NODES = ["TrainLumina2LoRA"];
-const HIDDEN_WIDGETS = ["continue_token", "attempt"];
+const TRAIN_NODES = ["TrainLumina2LoRA", "TrainLumina2Full"];
+const HIDDEN_WIDGETS = ["continue_token", "attempt"]; // a saved workflow carries them, nobody sets them by hand
+const FOLDER_WIDGETS = { Lumina2LoadDataset: "folder" };
+const PANEL_HEIGHT = 268; // also in lumina2.css: some frontends ask the widget, others the element
+const TAB = "lumina2-runs";
+const RUNNING = new Set();
 
 // Frontends before ComfyUI_frontend #7214 drop the packs' texts of every language but English, so ours are put where
 // later ones put them.
 let texts = {};
 
+const locale = () => app.extensionManager.setting.get("Comfy.Locale") ?? "en";
+
 async function translateDefinitions(definitions) {
-  const locale = app.extensionManager.setting.get("Comfy.Locale");
-  if (!locale || locale === "en") return;
+  if (locale() === "en") return;
   const answer = await api.fetchApi("/i18n");
-  texts = (await answer.json())[locale]?.nodeDefs ?? {};
+  texts = (await answer.json())[locale()]?.nodeDefs ?? {};
   for (const definition of Object.values(definitions)) {
     const text = texts[definition.name];
     if (definition.category !== CATEGORY || !text) continue;
@@ -37,19 +42,115 @@ function translateNode(node) {
   for (const widget of node.widgets ?? []) widget.label = inputs[widget.name]?.name ?? widget.label;
 }
 
+function hideWidgets(node) {
+  for (const widget of node.widgets ?? []) {
+    if (!HIDDEN_WIDGETS.includes(widget.name)) continue;
+    widget.hidden = true;
+    widget.options = { ...widget.options, hidden: true };
+    widget.computeSize = () => [0, -4]; // the gap that the layout puts behind each
+  }
+}
+
+function whenSeen(element, show) {
+  const seen = new IntersectionObserver((entries) => {
+    if (!entries.some((entry) => entry.isIntersecting)) return;
+    seen.disconnect();
+    show();
+  });
+  seen.observe(element);
+}
+
+function addPanel(node) {
+  const element = document.createElement("div");
+  element.className = "lumina2-panel";
+  element.style.minHeight = `${PANEL_HEIGHT}px`;
+  const widget = node.addDOMWidget("lumina2_panel", "lumina2_panel", element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => PANEL_HEIGHT,
+  });
+  widget.serialize = false; // what a workflow saves of widgets is told by position
+  let panel;
+  whenSeen(element, async () => {
+    panel = (await import("./panel.mjs")).mount(node, element);
+  });
+  const onRemoved = node.onRemoved;
+  node.onRemoved = function (...given) {
+    panel?.close();
+    return onRemoved?.apply(this, given);
+  };
+}
+
+// A text widget is drawn on the canvas and asks in a dialog, or is an input of its own in Nodes 2.0; both get the focus.
+let clicked;
+
+function rememberClicks(node) {
+  const widget = node.widgets?.find((each) => each.name === FOLDER_WIDGETS[node.comfyClass]);
+  const onClick = widget?.onClick;
+  if (!onClick) return;
+  widget.onClick = function (...given) {
+    clicked = widget;
+    return onClick.apply(this, given);
+  };
+}
+
+async function completeFolders({ target }) {
+  if (!(target instanceof HTMLInputElement) || target.dataset.lumina2) return;
+  const shown = target.closest("[data-node-id]");
+  const node = shown && app.canvas.graph?.getNodeById(shown.dataset.nodeId);
+  const name = FOLDER_WIDGETS[node?.comfyClass];
+  const widget = node?.widgets?.find((each) => each.name === name);
+  const inDialog = clicked && target.closest(".graphdialog");
+  if (!inDialog && !(widget && target.value === widget.value && target.type === "text")) return;
+  clicked = undefined;
+  target.dataset.lumina2 = "folder";
+  (await import("./folders.mjs")).complete(target);
+}
+
+function badge() {
+  const tabs = app.extensionManager.getSidebarTabs?.() ?? app.extensionManager.sidebarTab?.sidebarTabs ?? [];
+  const tab = tabs.find((each) => each.id === TAB);
+  if (tab) tab.iconBadge = RUNNING.size ? String(RUNNING.size) : null;
+}
+
+function noteRun({ detail }) {
+  const runs = ["running", "paused"].includes(detail.status);
+  if (runs === RUNNING.has(detail.run_id)) return;
+  if (runs) RUNNING.add(detail.run_id);
+  else RUNNING.delete(detail.run_id);
+  badge();
+}
+
 app.registerExtension({
   name: "lumina2-trainer",
 
   addCustomNodeDefs: translateDefinitions,
 
+  setup() {
+    const title = locale().startsWith("zh") ? "Lumina2 训练任务" : "Lumina2 runs";
+    let list;
+    app.extensionManager.registerSidebarTab({
+      id: TAB,
+      icon: "pi pi-chart-line",
+      title,
+      label: "Lumina2",
+      tooltip: title,
+      type: "custom",
+      render: async (element) => {
+        list = (await import("./sidebar.mjs")).mount(element);
+      },
+      destroy: () => list?.close(),
+    });
+    api.addEventListener("lumina2.run", noteRun);
+    document.addEventListener("focusin", completeFolders);
+  },
+
   nodeCreated(node) {
     if (node.constructor.nodeData?.category === CATEGORY) translateNode(node);
+    if (FOLDER_WIDGETS[node.comfyClass]) rememberClicks(node);
     if (!TRAIN_NODES.includes(node.comfyClass)) return;
-    for (const widget of node.widgets ?? []) {
-      if (!HIDDEN_WIDGETS.includes(widget.name)) continue;
-      widget.hidden = true;
-      widget.options = { ...widget.options, hidden: true };
-    }
+    hideWidgets(node);
+    addPanel(node);
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
@@ -57,7 +158,7 @@ app.registerExtension({
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (...results) {
       onExecuted?.apply(this, results);
-      app.refreshComboInNodes();
+      app.refreshComboInNodes(); // a LoRA that was just trained appears in every loader's list
     };
   },
 });

@@ -1,0 +1,92 @@
+// What the panel and the sidebar do with the graph: read the nodes behind a train node, add one beside it, run it.
+
+import { app } from "../../../scripts/app.js";
+import { ask } from "./runs.mjs";
+
+const CHAIN = 24; // nodes that are followed
+const MUTED = 2;
+const BYPASSED = 4;
+const LOADER = "LoraLoaderModelOnly";
+
+const root = () => app.rootGraph ?? app.graph.rootGraph ?? app.graph;
+
+/** Ids as the server knows them, such as 5:2 for node 2 in the subgraph of node 5, each with its node. */
+export function* everyNode(graph = root(), before = "") {
+  for (const node of graph.nodes ?? graph._nodes ?? []) {
+    yield [`${before}${node.id}`, node];
+    if (node.subgraph) yield* everyNode(node.subgraph, `${before}${node.id}:`);
+  }
+}
+
+/** The ids under which a node runs; several where its subgraph is used several times. */
+export const idsOf = (node) => [...everyNode()].filter(([, each]) => each === node).map(([id]) => id);
+
+function origin(node, slot) {
+  const graph = node.graph;
+  const id = node.inputs[slot].link;
+  const link = graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id];
+  const found = link && graph.getNodeById(link.origin_id);
+  if (found?.type === "Reroute" && found.inputs?.length) return found.inputs[0].link == null ? null : origin(found, 0);
+  return found ?? null;
+}
+
+/** A node as the server wants it: type, widgets, and the nodes behind its inputs; null where a wire can't be followed. */
+export function described(node, depth = CHAIN) {
+  if (!node || !depth || node.subgraph || [MUTED, BYPASSED].includes(node.mode)) return null;
+  const widgets = {};
+  const inputs = {};
+  for (const widget of node.widgets ?? []) if (widget.serialize !== false) widgets[widget.name] = widget.value;
+  for (const [slot, input] of (node.inputs ?? []).entries()) {
+    if (input.link === null || input.link === undefined) continue;
+    inputs[input.name] = described(origin(node, slot), depth - 1);
+    delete widgets[input.name];
+  }
+  return { type: node.comfyClass ?? node.type, widgets, inputs };
+}
+
+export const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
+
+export function setWidget(node, name, value) {
+  const widget = widgetOf(node, name);
+  if (!widget) return;
+  widget.value = value;
+  widget.callback?.(value, app.canvas, node);
+  node.graph?.setDirtyCanvas?.(true, true);
+}
+
+/** A new node with values in its widgets, beside another node or in the middle of what is seen. */
+export function addNode(type, values, beside) {
+  const node = LiteGraph.createNode(type);
+  if (!node) throw new Error(`${type}?`);
+  const graph = beside?.graph ?? app.canvas.graph ?? app.graph;
+  const [x, y, width, height] = app.canvas.ds.visible_area;
+  node.pos = beside ? [beside.pos[0] + beside.size[0] + 60, beside.pos[1]] : [x + width / 2 - 150, y + height / 2 - 80];
+  graph.add(node);
+  for (const [name, value] of Object.entries(values)) setWidget(node, name, value);
+  app.canvas.selectNode?.(node);
+  return node;
+}
+
+/** A loader with a LoRA or a model that was trained; the lists are read anew first, so that it is among them. */
+export async function addLoader(name, full, beside) {
+  await app.refreshComboInNodes();
+  return full ? addNode("UNETLoader", { unet_name: name }, beside) : addNode(LOADER, { lora_name: name }, beside);
+}
+
+export const run = () => app.queuePrompt(0, 1);
+
+/** Ends the prompt that runs this node, and no other. */
+export async function cancel(node) {
+  const ids = idsOf(node);
+  const { api } = app;
+  const queue = await (await api.fetchApi("/queue")).json();
+  const type = node.comfyClass;
+  const mine = queue.queue_running.find(([, , prompt]) => ids.some((id) => prompt[id]?.class_type === type));
+  if (mine) await api.interrupt(mine[1]);
+}
+
+/** The newest run of a name, one that goes on before all others; undefined where there is none. */
+export async function newestOf(name) {
+  const { runs } = await ask("runs", { name });
+  return runs.find((each) => ["running", "paused"].includes(each.status)) ?? runs[0];
+}

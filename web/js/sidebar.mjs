@@ -1,0 +1,477 @@
+// The sidebar tab "Lumina2 runs": all runs, one of them in full, or two of them side by side.
+
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { Chart, linesOf } from "./chart.mjs";
+import { button, confirmed, copy, field, make, style, toast } from "./elements.mjs";
+import { addLoader, addNode, setWidget, widgetOf } from "./graph.mjs";
+import { timeline } from "./pictures.mjs";
+import { ask, post, watch } from "./runs.mjs";
+import { ago, bytes, duration, number, rate, say } from "./words.mjs";
+
+const TAB = "lumina2-runs";
+const QUICK_START = { pack: "lumina2-trainer", name: "01_quickstart_nano" };
+const LIST_AGAIN_MS = 4000;
+const RUNNING = ["running", "paused"];
+const PLOTS = ["loss", "lr", "grad_norm", "speed", "memory", "parts"];
+const MARKS = { running: "●", paused: "❚❚", finished: "✓", stopped: "■", interrupted: "⚠", failed: "⚠" };
+const FIRST = ["--l2-line", "--l2-eval"];
+const SECOND = ["--l2-other", "--l2-eval"];
+const WIDGETS = { batch_size: "batch_size", learning_rate: "learning_rate", seed: "seed", lora_rank: "rank" };
+const SHOWN = "lumina2.curves"; // how curves are shown, kept for the next time
+
+let sidebar;
+let wanted;
+
+export function mount(element) {
+  sidebar = new Sidebar(element);
+  if (wanted) sidebar.open(wanted);
+  wanted = null;
+  return sidebar;
+}
+
+/** Opens the tab with one run. */
+export function show(runId) {
+  const open = app.extensionManager.sidebarTab?.activeSidebarTabId === TAB;
+  if (open && sidebar) return sidebar.open(runId);
+  wanted = runId;
+  (app.extensionManager.sidebarTab ?? app.extensionManager).toggleSidebarTab?.(TAB);
+}
+
+class Sidebar {
+  constructor(element) {
+    style();
+    this.element = make("div.sidebar");
+    element.replaceChildren(this.element);
+    this.search = "";
+    this.comparing = false;
+    this.chosen = [];
+    this.heard = () => this.listSoon();
+    api.addEventListener("lumina2.run", this.heard);
+    this.list();
+  }
+
+  close() {
+    this.leave();
+    clearTimeout(this.timer);
+    api.removeEventListener("lumina2.run", this.heard);
+  }
+
+  leave() {
+    for (const end of this.unwatch ?? []) end();
+    this.unwatch = [];
+    this.view = null;
+  }
+
+  // All runs.
+
+  list() {
+    this.leave();
+    this.view = "list";
+    const search = field(say("search"), { value: this.search, placeholder: `${say("search")}…` });
+    search.addEventListener("input", () => {
+      this.search = search.value;
+      this.fill();
+    });
+    const compare = make("input", {
+      type: "checkbox",
+      checked: this.comparing,
+      onchange: () => {
+        this.comparing = compare.checked;
+        this.chosen = [];
+        this.fill();
+      },
+    });
+    this.rows = make("div.body", { role: "list" });
+    this.element.replaceChildren(
+      make("h2", {}, say("runs")),
+      make("div.row", {}, search, make("label.row", {}, compare, say("compare"))),
+      this.rows,
+    );
+    if (this.runs) this.fill();
+    this.load();
+  }
+
+  async load() {
+    try {
+      this.runs = (await ask("runs")).runs;
+      if (this.view === "list") this.fill();
+    } catch (error) {
+      if (this.view === "list") this.rows.replaceChildren(make("div.error", { role: "alert" }, error.message));
+    }
+    if (this.view === "list" && this.runs?.some((each) => RUNNING.includes(each.status))) this.listSoon(LIST_AGAIN_MS);
+  }
+
+  listSoon(after = 1500) {
+    if (this.view !== "list") return;
+    this.timer ??= setTimeout(() => {
+      this.timer = null;
+      if (this.view === "list" && this.element.isConnected) this.load();
+    }, after);
+  }
+
+  fill() {
+    if (!this.runs.length) return this.rows.replaceChildren(this.emptyState());
+    const found = this.runs.filter((each) => each.run_id.toLowerCase().includes(this.search.trim().toLowerCase()));
+    const hint = this.comparing ? make("p.faint", {}, say("compare_two")) : null;
+    const rows = found.map((each) => this.row(each));
+    const kept = document.activeElement?.dataset?.run;
+    this.rows.replaceChildren(...[hint, ...(rows.length ? rows : [make("div.empty", {}, say("no_match"))])].filter(Boolean));
+    if (kept) [...this.rows.querySelectorAll("[data-run]")].find((each) => each.dataset.run === kept)?.focus();
+  }
+
+  row(each) {
+    const failed = each.status === "failed" && each.message;
+    const name = say(each.status === "interrupted" ? "interrupted" : each.status, { step: each.step });
+    return make(
+      "button.run",
+      {
+        type: "button",
+        "data-run": each.run_id,
+        "aria-pressed": this.comparing ? String(this.chosen.includes(each.run_id)) : undefined,
+        "aria-label": `${each.run_id}, ${name}, ${each.step}/${each.target}`,
+        onclick: () => (this.comparing ? this.choose(each.run_id) : this.open(each.run_id)),
+      },
+      make("span.dot", { "data-state": each.status, title: name }),
+      make("b", {}, each.run_id),
+      make("span.number", {}, number(each.loss, 3)),
+      make(
+        "small",
+        {},
+        make("span.grow", { title: each.message }, `${MARKS[each.status] ?? ""} ${each.step}/${each.target}${failed ? ` · ${each.message}` : ""}`),
+        make("span.number", {}, ago(each.age_s)),
+      ),
+    );
+  }
+
+  emptyState() {
+    return make(
+      "div.empty",
+      {},
+      make("b", {}, say("no_runs")),
+      say("no_runs_more"),
+      button(say("quick_start"), quickStart, { kind: "primary" }),
+    );
+  }
+
+  choose(runId) {
+    this.chosen = this.chosen.includes(runId) ? this.chosen.filter((each) => each !== runId) : [...this.chosen, runId];
+    if (this.chosen.length === 2) this.compare(...this.chosen);
+    else this.fill();
+  }
+
+  back(...more) {
+    return make("div.row", {}, button("", () => this.list(), { tip: say("back"), icon: "arrow-left" }), ...more);
+  }
+
+  // One run.
+
+  open(runId, tab = "curves") {
+    this.leave();
+    this.view = runId;
+    this.tab = tab;
+    this.about = null;
+    this.state = make("span.grow.faint", { role: "status" });
+    this.body = make("div.body", { role: "tabpanel" });
+    const remove = button("", () => this.remove(runId), { tip: say("delete"), icon: "trash" });
+    const tabs = ["curves", "samples", "checkpoints", "settings", "log"].map((name) =>
+      make(
+        "button.tab",
+        {
+          type: "button",
+          role: "tab",
+          "aria-selected": String(name === tab),
+          onclick: () => this.turn(name, tabs),
+          onkeydown: (event) => {
+            const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+            if (!by) return;
+            const next = tabs[(tabs.indexOf(event.currentTarget) + by + tabs.length) % tabs.length];
+            next.focus();
+            next.click();
+          },
+        },
+        say(name),
+      ),
+    );
+    this.commands = make("div.buttons");
+    this.element.replaceChildren(
+      this.back(make("h2.grow", { title: runId }, runId), remove),
+      make("div.row", {}, this.state),
+      this.commands,
+      make("div.tabs", { role: "tablist" }, tabs),
+      this.body,
+    );
+    this.unwatch = [watch(runId, (run) => this.update(run))];
+    this.fillTab();
+  }
+
+  turn(name, tabs) {
+    this.tab = name;
+    for (const each of tabs) each.setAttribute("aria-selected", String(each.textContent === say(name)));
+    this.body.replaceChildren();
+    this.drawn = null;
+    this.fillTab();
+    if (this.run) this.update(this.run);
+  }
+
+  update(run) {
+    this.run = run;
+    if (run.error) {
+      this.state.textContent = run.error;
+      return;
+    }
+    const now = run.now;
+    const parts = [say(now.status ?? "waiting", { step: now.step }), `${now.step}/${now.target}`];
+    if (RUNNING.includes(now.status)) parts.push(rate(now.perSecond), now.left > 0 ? say("left", { t: duration(now.left) }) : "");
+    else if (now.message) parts.push(now.message);
+    this.state.textContent = parts.filter(Boolean).join(" · ");
+    this.state.title = this.state.textContent;
+    this.showCommands(now);
+    if (this.tab === "curves") this.plots?.([run]);
+    if (this.tab === "samples") this.showSamples();
+  }
+
+  showCommands(now) {
+    const key = `${now.mine} ${now.status}`;
+    if (this.commandsFor === key + this.view) return;
+    this.commandsFor = key + this.view;
+    const send = (name, body) => async () => {
+      await post(name, { run_id: this.view, ...body });
+      toast(say("asked"));
+    };
+    const active = now.mine && RUNNING.includes(now.status);
+    this.commands.hidden = !active;
+    if (!active) return;
+    const paused = now.status === "paused";
+    this.commands.replaceChildren(
+      button(say("stop"), send("stop"), { tip: say("stop_tip"), kind: "primary" }),
+      button(say(paused ? "resume" : "pause"), send(paused ? "resume" : "pause")),
+      button(say("sample"), send("sample"), { tip: say("sample_tip") }),
+      button(say("save"), send("save"), { tip: say("save_tip") }),
+    );
+  }
+
+  async fillTab() {
+    const tab = this.tab;
+    if (tab === "curves") {
+      this.plots = plots(this.body, [FIRST]);
+      if (this.run?.runId === this.view) this.plots([this.run]);
+      return;
+    }
+    if (tab === "samples") return this.showSamples();
+    try {
+      const about = await ask("run", { run_id: this.view });
+      if (this.tab !== tab || about.run_id !== this.view) return;
+      this.body.replaceChildren(...{ checkpoints: () => this.checkpoints(about), settings: () => this.settings(about), log: () => log(about) }[tab]());
+    } catch (error) {
+      this.body.replaceChildren(make("div.error", { role: "alert" }, error.message));
+    }
+  }
+
+  showSamples() {
+    const samples = this.run?.runId === this.view ? this.run.samples : null;
+    if (!samples) return;
+    const key = samples.rows.length;
+    if (this.drawn === key) return;
+    this.drawn = key;
+    this.body.replaceChildren(timeline(this.view, samples));
+  }
+
+  checkpoints(about) {
+    const use = (name) => addLoader(name, about.full).then(() => toast(say("added"), "success"));
+    const rows = about.checkpoints.toReversed().map(({ step, bytes: size, lora }) => {
+      const publish = async () => use((await post("publish", { run_id: this.view, step })).lora_name);
+      const remove = async () => {
+        if (!(await confirmed(this.element, say("delete_checkpoint", { step }), say("delete")))) return;
+        await post("delete-checkpoint", { run_id: this.view, step });
+        this.fillTab();
+      };
+      const score = about.eval[step];
+      return make(
+        "tr",
+        {},
+        make("td.number", {}, String(step)),
+        make("td.number", {}, bytes(size)),
+        make("td.number", { title: say("eval") }, score === undefined ? "" : number(score, 3)),
+        make("td", {}, make("div.row", {}, lora ? button(say("use"), publish) : null, button("", remove, { tip: say("delete"), icon: "trash" }))),
+      );
+    });
+    const file = about.lora_name
+      ? make(
+          "div.row",
+          {},
+          make("span.grow", { title: about.lora_name }, about.lora_name),
+          make("span.number.faint", {}, bytes(about.file.bytes)),
+          button(say("use"), () => use(about.lora_name), { kind: "primary" }),
+          button("", () => copy(about.lora_name), { tip: say("copy_name"), icon: "copy" }),
+        )
+      : null;
+    if (!rows.length) return [file, make("div.empty", {}, say("no_checkpoints"))].filter(Boolean);
+    const head = make("tr", {}, [say("step"), say("size"), say("eval"), ""].map((text) => make("th", { scope: "col" }, text)));
+    return [file, make("table.table", {}, make("thead", {}, head), make("tbody", {}, rows))].filter(Boolean);
+  }
+
+  settings(about) {
+    const rows = (entries) =>
+      make("table.table", {}, entries.map(([name, value, before]) => make("tr", { title: before === undefined ? "" : `≠ ${written(before)}` }, make("td", {}, name), make("td", {}, written(value)))));
+    const changed = Object.entries(about.changed).map(([name, [value, before]]) => [name, value, before]);
+    const others = Object.entries(about.settings).filter(([name]) => !(name in about.changed));
+    return [
+      button(say("to_node"), () => copySettings(about), { kind: "primary" }),
+      make("h3", {}, say("changed")),
+      changed.length ? rows(changed) : make("p.faint", {}, "–"),
+      make("h3", {}, say("others")),
+      rows(others),
+    ];
+  }
+
+  async remove(runId) {
+    if (!(await confirmed(this.element, say("delete_run", { name: runId }), say("delete")))) return;
+    const { deleted } = await post("delete", { run_id: runId });
+    toast(say("deleted", { names: deleted.join(", ") }), "success");
+    this.list();
+  }
+
+  // Two runs.
+
+  compare(first, second) {
+    this.leave();
+    this.view = "compare";
+    const body = make("div.body");
+    const show = plots(body, [FIRST, SECOND]);
+    const samples = [first, second].map((runId) => make("div", {}, make("h3", {}, runId)));
+    const differ = make("div");
+    body.append(make("h3", {}, say("samples")), ...samples, make("h3", {}, say("differ")), differ);
+    this.element.replaceChildren(this.back(make("h2.grow", {}, `${first} ↔ ${second}`)), body);
+    const both = [null, null];
+    this.unwatch = [first, second].map((runId, i) =>
+      watch(runId, (run) => {
+        both[i] = run;
+        show(both.filter(Boolean), runId);
+        if (run.samples.rows.length && samples[i].dataset.rows !== String(run.samples.rows.length)) {
+          samples[i].dataset.rows = run.samples.rows.length;
+          samples[i].replaceChildren(make("h3", {}, runId), timeline(runId, run.samples));
+        }
+      }),
+    );
+    Promise.all([first, second].map((runId) => ask("run", { run_id: runId })))
+      .then(([a, b]) => differ.replaceChildren(differences(a, b)))
+      .catch((error) => differ.replaceChildren(make("div.error", {}, error.message)));
+  }
+}
+
+const written = (value) => (typeof value === "object" && value !== null ? JSON.stringify(value) : String(value));
+
+function differences(a, b) {
+  const names = [...new Set([...Object.keys(a.settings), ...Object.keys(b.settings)])];
+  const rows = names.filter((name) => written(a.settings[name]) !== written(b.settings[name]));
+  if (!rows.length) return make("p.faint", {}, say("same"));
+  const head = make("tr", {}, ["", a.run_id, b.run_id].map((text) => make("th", { scope: "col" }, text)));
+  return make(
+    "table.table",
+    {},
+    make("thead", {}, head),
+    make("tbody", {}, rows.map((name) => make("tr", {}, [name, written(a.settings[name]), written(b.settings[name])].map((text) => make("td", {}, text))))),
+  );
+}
+
+function log(about) {
+  if (!about.log.length) return [make("div.empty", {}, say("none"))];
+  const line = (event) => {
+    const { event: name, time, text, message, step, path, lr, loss } = event;
+    const said = text ?? message ?? [lr, loss].filter((each) => each !== undefined).map((each) => number(each)).join(" ");
+    return make(
+      "tr",
+      {},
+      make("td.number.faint", {}, new Date(time * 1000).toLocaleTimeString()),
+      make("td.number", {}, step === undefined ? "" : String(step)),
+      make("td", {}, [name === "Said" ? "" : name, said, path?.split("/").at(-1)].filter(Boolean).join(" · ")),
+    );
+  };
+  return [make("table.table", {}, about.log.toReversed().map(line))];
+}
+
+/** Charts with their controls; gives what shows the curves of one or two runs. */
+function plots(host, colours) {
+  const options = { smoothing: 0.5, log: false, clip: true, byTime: false, ...JSON.parse(localStorage.getItem(SHOWN) ?? "{}") };
+  let runs = [];
+  const changed = () => {
+    localStorage.setItem(SHOWN, JSON.stringify(options));
+    draw();
+  };
+  const check = (key, text) =>
+    make("label.row", {}, make("input", { type: "checkbox", checked: options[key], onchange: (event) => ((options[key] = event.target.checked), changed()) }), text);
+  const slider = make("input", { type: "range", min: 0, max: 1, step: 0.05, value: options.smoothing, "aria-label": say("smoothing"), oninput: (event) => ((options.smoothing = Number(event.target.value)), changed()) });
+  slider.style.flex = "1";
+  const charts = Object.fromEntries(PLOTS.map((name) => [name, new Chart(say(name))]));
+  const boxes = Object.fromEntries(
+    PLOTS.map((name) => [name, make("div.plot", {}, make("p", {}, say(name), make("span.grow"), make("span")), charts[name].element)]),
+  );
+  host.replaceChildren(
+    make("label.row", {}, say("smoothing"), slider),
+    make("div.row", {}, check("log", say("log_scale")), check("clip", say("clip")), check("byTime", say("by_time"))),
+    ...Object.values(boxes),
+  );
+  const draw = () => {
+    for (const name of PLOTS) {
+      const lines = runs.flatMap((run, i) =>
+        linesOf(run.curves, name, { ...options, colours: colours[i] ?? FIRST, label: runs.length > 1 ? run.runId : "" }),
+      );
+      const known = lines.some((line) => line.ys.some((value) => Number.isFinite(value)));
+      boxes[name].hidden = !known && name !== "loss";
+      charts[name].show(lines, { ...options, log: options.log && ["loss", "grad_norm", "parts"].includes(name), clip: options.clip && name !== "lr" });
+      const keys = lines.length > 1 ? lines : [];
+      boxes[name].querySelector("p > span:last-child").replaceChildren(
+        ...keys.map((line) => {
+          const key = make("span.key", {}, ` ${line.label} `);
+          key.style.setProperty("--key", line.colour.startsWith("--") ? `var(${line.colour})` : line.colour);
+          return key;
+        }),
+      );
+    }
+  };
+  return (shown) => {
+    runs = shown;
+    draw();
+  };
+}
+
+/** A train node with the run's settings: in its widgets, and the others in a Training Settings node wired to it. */
+function copySettings(about) {
+  const type = about.full ? "TrainLumina2Full" : "TrainLumina2LoRA";
+  const widgets = { run_name: about.name, steps: about.target };
+  const more = {};
+  for (const [name, [value]] of Object.entries(about.changed)) {
+    if (name in WIDGETS) widgets[WIDGETS[name]] = value;
+    else if (name !== "steps" && !/^(lora|lycoris|full)_/.test(name)) more[name] = value;
+  }
+  const adapter = Object.fromEntries(
+    Object.entries(about.changed)
+      .filter(([name]) => name.startsWith("lora_") && name !== "lora_rank")
+      .map(([name, [value]]) => [name === "lora_qkv" ? name : name.slice(5), value]),
+  );
+  const node = addNode(type, widgets);
+  const wire = (from, input) => from.connect(0, node, node.findInputSlot(input));
+  if (Object.keys(adapter).length) {
+    const settings = addNode("Lumina2LoRASettings", { rank: widgets.rank ?? 16, ...adapter });
+    settings.pos = [node.pos[0] - settings.size[0] - 60, node.pos[1]];
+    wire(settings, "adapter");
+  }
+  if (Object.keys(more).length) {
+    const settings = addNode("Lumina2TrainingSettings", {});
+    settings.pos = [node.pos[0] - settings.size[0] - 60, node.pos[1] + 420];
+    for (const name of Object.keys(more)) {
+      if (!widgetOf(settings, name)) continue;
+      setWidget(settings, name, more[name]);
+      delete more[name];
+    }
+    if (Object.keys(more).length) setWidget(settings, "more", JSON.stringify(more, null, 2));
+    wire(settings, "config");
+  }
+  toast(say("added"), "success");
+}
+
+async function quickStart() {
+  const answer = await api.fetchApi(`/workflow_templates/${QUICK_START.pack}/${QUICK_START.name}.json`);
+  await app.loadGraphData(await answer.json(), true, true, QUICK_START.name);
+}
