@@ -35,10 +35,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Progress of one execution of one node."""
+    """Progress of one execution of one node; a ``quiet`` one shows no line of text, since the node has a panel."""
 
-    def __init__(self, node_id: str | None, total: int = 1) -> None:
-        self.node_id, self.total = node_id, max(total, 1)
+    def __init__(self, node_id: str | None, total: int = 1, quiet: bool = False) -> None:
+        self.node_id, self.total, self.quiet = node_id, max(total, 1), quiet
         self._bar = comfy.utils.ProgressBar(self.total, node_id)
         self._said_at = 0.0
 
@@ -50,7 +50,7 @@ class Progress:
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._said_at = time.monotonic()
-        if self.node_id is None:
+        if self.node_id is None or self.quiet:
             return
         from server import PromptServer
 

@@ -291,7 +291,7 @@ def _train(
             optimizer=OptimizerSettings(learning_rate=learning_rate),
         )
     )
-    progress = Progress(node_id, settings.steps)
+    progress = Progress(node_id, settings.steps, quiet=True)
     progress.say("loading the model")
     transformer = trainable_transformer(model)
     scale, unscale = model.model.process_latent_in, model.model.process_latent_out

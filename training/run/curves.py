@@ -105,7 +105,7 @@ def _binned(steps: list[dict[str, Any]]) -> dict[str, Any]:
         speed = (ends - before) / (times[ends] - times[before])
     return {
         "step": step[ends].astype(int).tolist(),
-        "time": [int(each) if each == each else None for each in times[ends]],
+        "time": [round(float(each), 1) if each == each else None for each in times[ends]],
         "speed": _written(np.where(np.isfinite(speed), speed, np.nan)),
         "lr": _written(lr[ends]),
         "memory": [None if each != each else int(each) for each in np.fmax.reduceat(memory, starts)],

@@ -4,7 +4,7 @@
 import { make } from "./elements.mjs";
 import { duration, number, say } from "./words.mjs";
 
-const LEFT = 40;
+const LEFT = 46;
 const RIGHT = 8;
 const TOP = 8;
 const BOTTOM = 17;
@@ -71,7 +71,7 @@ function range(lines, clip, log) {
   let [low, high] = [all[drop], all[all.length - 1 - drop]];
   for (const line of lines) for (const y of finite(line.ys)) if (clip && !line.min) [low, high] = [Math.min(low, y), Math.max(high, y)];
   if (log) return [low, high > low ? high : low * 2];
-  const room = (high - low || Math.abs(high) || 1) * 0.06;
+  const room = Math.max((high - low) * 0.06, Math.abs(high) * 0.01) || 1; // what hardly changes is a flat line
   return [low - room, high + room];
 }
 
@@ -133,7 +133,7 @@ export class Chart {
     on.lineWidth = 1;
     on.textAlign = "right";
     on.textBaseline = "middle";
-    const levels = log ? ticks(Math.log10(y0), Math.log10(y1), 3).map((power) => 10 ** power) : ticks(y0, y1, Math.max(2, Math.round(height / 45)));
+    const levels = log ? ticks(Math.log10(y0), Math.log10(y1), 3).map((power) => 10 ** power) : ticks(y0, y1, Math.max(2, Math.round(height / 32)));
     for (const level of levels) {
       on.globalAlpha = 0.18;
       on.beginPath();
@@ -164,7 +164,7 @@ export class Chart {
   }
 
   band(on, line, x, y) {
-    on.globalAlpha = 0.35;
+    on.globalAlpha = 0.45;
     on.lineWidth = 1;
     on.beginPath();
     let down = false;

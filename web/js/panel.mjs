@@ -73,6 +73,7 @@ class Panel {
       execution_start: () => {
         this.error = "";
         this.prompt = { waits: true, stepped: false };
+        this.loads = false;
         this.mark(null);
         this.show();
       },
@@ -119,6 +120,7 @@ class Panel {
     const running = Object.values(nodes).find((each) => each.state === "running");
     const id = String(running?.display_node_id ?? running?.node_id ?? "");
     const node = [...everyNode()].find(([other]) => other === id)?.[1];
+    this.loads = node === this.node;
     const caches = /^Lumina2(Cache|LoadDataset|Dataset)/.test(node?.comfyClass ?? "");
     const now = Date.now();
     if (!caches) this.preparing = null;
@@ -253,7 +255,7 @@ class Panel {
     const now = this.run?.now;
     if (this.error) return "failed";
     if (this.preparing) return "caching";
-    if (this.prompt.waits && !(now?.mine && RUNNING.includes(now.status))) return "waiting";
+    if (this.prompt.waits && !(now?.mine && RUNNING.includes(now.status))) return this.loads ? "loading" : "waiting";
     if (!now?.status) return "idle";
     if (now.status === "running" && ["validating", "saving"].includes(now.doing)) return now.doing;
     if (this.prompt.done && !this.prompt.stepped && now.status === "finished") return "trained";
@@ -299,7 +301,10 @@ class Panel {
       const left = done > from ? ((at - began) / 1000 / (done - from)) * (all - done) : undefined;
       return [say("encoding"), left > 0 ? say("left", { t: duration(left) }) : ""].filter(Boolean).join(" · ");
     }
-    if (["finished", "trained", "stopped"].includes(state)) return `models/loras/lumina2/${this.runId}.safetensors`;
+    if (["finished", "trained", "stopped"].includes(state)) {
+      const folder = this.run?.summary?.full ? "diffusion_models" : "loras";
+      return `models/${folder}/lumina2/${this.runId}.safetensors`;
+    }
     const parts = [`${say("loss")} ${number(now.loss)}`];
     if (now.epoch) parts.push(say("epoch", { n: now.epoch.toFixed(1) }));
     if (RUNNING.includes(now.status) && now.perSecond) parts.push(rate(now.perSecond));
@@ -332,7 +337,7 @@ class Panel {
         button(say("save"), () => this.saved(send("save")), { tip: say("save_tip"), where }),
         button("⋯", () => this.toggle("more"), { tip: say("more"), kind: "small", where }),
       ];
-    } else if (state === "waiting" || state === "caching") {
+    } else if (["waiting", "caching", "loading"].includes(state)) {
       shown = [button(say("cancel"), () => cancel(this.node), { tip: say("cancel_tip"), where })];
     } else if (this.run && ENDED.includes(state)) {
       const file = `lumina2/${this.runId}.safetensors`;
@@ -351,8 +356,8 @@ class Panel {
               where,
             })
           : null,
-        trained ? button(say("copy_name"), () => copy(file), { where }) : null,
-        button(say("again"), () => this.startOver(), { tip: say("again_tip"), where }),
+        trained ? button("", () => copy(file), { tip: say("copy_name"), kind: "small", icon: "copy", where }) : null,
+        button("", () => this.startOver(), { tip: say("again_tip"), kind: "small", icon: "replay", where }),
       ].filter(Boolean);
     } else if (state === "failed") shown = [button(say("copy"), () => copy(this.error), { where })];
     this.buttons.replaceChildren(...shown, open);

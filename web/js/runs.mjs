@@ -47,6 +47,9 @@ function cut(curves, behind) {
 
 function extend(curves, more) {
   if (more.from !== null) cut(curves, more.from);
+  const [step, time] = [curves.step.at(-1), curves.time.at(-1)];
+  if (more.step.length && step !== undefined && more.time[0] > time) // only here it is known what came before
+    more.speed[0] = (more.step[0] - step) / (more.time[0] - time);
   for (const name of Object.keys(more.parts)) curves.parts[name] ??= curves.step.map(() => null);
   for (const [name, values] of Object.entries(curves.parts))
     values.push(...(more.parts[name] ?? more.step.map(() => null)));
