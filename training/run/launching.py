@@ -82,12 +82,14 @@ def launch(spec: Spec, folder: Path, tell: Listener = lambda event: None, contro
 
 def _follow(child: _Child, spec: Spec, tell: Listener, control: Control) -> Outcome:
     trouble: BaseException | None = None
+    failed: Failed | None = None
     started = paused = False
     with ExitStack() as findable:
         while (line := child.line()) is not None:
             event = from_line(line) if line else Between(0, math.nan, "starting")
             if isinstance(event, Failed):
-                raise trouble or _error(event)
+                failed = failed or event  # the others' are consequences of the first, and they may still be saving
+                continue
             if isinstance(event, Finished):
                 child.wait()
                 if trouble:
@@ -119,6 +121,8 @@ def _follow(child: _Child, spec: Spec, tell: Listener, control: Control) -> Outc
     code = child.wait()
     if trouble:
         raise trouble
+    if failed:
+        raise _error(failed)
     raise RunError(
         f"The training's processes ended with code {code}. The last that they printed:\n" + "\n".join(child.printed)
     )

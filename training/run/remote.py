@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -85,7 +86,7 @@ def run_spec(
     Args:
         path: what ``to_line`` made of a ``Spec``.
         control_stream: commands, a line each, for the leader; its end ends the run, with everything saved.
-        event_stream: gets the leader's events, and as the last line ``Finished`` or ``Failed``.
+        event_stream: gets the leader's events, and as the last line ``Finished`` or of any process ``Failed``.
         helpers: makes the VAE's encode and the validator.
         device: where the model is put if this process is the only one.
         control: by which it can be stopped from here, too.
@@ -95,7 +96,8 @@ def run_spec(
     """
     spec: Spec = from_line(path.read_text(encoding="utf-8"))
     leads = os.environ.get("RANK", "0") == "0"
-    tell = _writer(event_stream) if leads else lambda said: None
+    say = _writer(event_stream)
+    tell = say if leads else lambda said: None
     control = control or Control()
     try:
         with joined(spec.processes) as processes:
@@ -119,7 +121,12 @@ def run_spec(
             )
     except Lumina2Error as error:
         print(error, file=sys.stderr, flush=True)
-        tell(Failed(type(error).__name__, str(error)))
+        say(Failed(type(error).__name__, str(error)))
+        return 1
+    except Exception as error:  # a bug, or torch's own: the other end of the pipe sees nothing else of it
+        traceback.print_exc()
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        say(Failed("RunError", f"{type(error).__name__} in {where.filename}, line {where.lineno}: {error}"))
         return 1
     tell(Finished(outcome.run, tuple(outcome.losses), outcome.message))
     return 0
@@ -176,7 +183,7 @@ def write_vae(weights: Mapping[str, Tensor], shift: float, scale: float, folder:
     path = folder / f"vae-{fingerprint(weights.items())}"
     if (path / "config.json").exists():
         return path
-    widths = []
+    widths: list[int] = []
     while (conv := weights.get(f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight")) is not None:
         widths.append(len(conv))
     layers = sum(
