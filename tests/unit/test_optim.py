@@ -11,6 +11,7 @@ from torch import nn
 from training.config.optim import CAN_BE_CLIPPED, CLIP_THEMSELVES, OptimizerSettings
 from training.errors import RunError, SettingError
 from training.files import write_tensors
+from training.optim import low_bit
 from training.optim.adamw_bf16 import AdamWBF16, round_into
 from training.optim.averages import EMA, averaged, ema_decay
 from training.optim.backward import OptimizerInBackward, update_rms
@@ -383,6 +384,38 @@ def test_every_optimizer_that_says_so_can_be_clipped():
         if optimizer.narrows:
             rms = update_rms(torch.full((8, 12), 1e3), optimizer.optimizers[0])
             assert rms.item() == pytest.approx(math.sqrt((1 - 0.999**4) / 0.001), rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["ao-adamw8bit", "ao-adamw4bit", "ao-adamfp8"])
+@pytest.mark.parametrize("shape", [(24, 512), (33, 300)])  # of blocks that share a scale, and of none
+def test_a_weight_takes_its_step_in_slices_as_in_one(name, shape, monkeypatch):
+    def steps(largest):
+        monkeypatch.setattr(low_bit, "SLICE", largest)
+        weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(BF16))
+        chosen = settings(name)
+        optimizer = build_optimizer([{"params": [weight], "names": ["weight"], "lr": 1e-2}], chosen, seed=1)
+        taken = []
+        step = type(optimizer).__mro__[1].step
+        monkeypatch.setattr(type(optimizer).__mro__[1], "step", lambda self: (taken.append(1), step(self)))
+        for number in range(3):
+            weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(BF16)
+            optimizer.step()
+        rms = update_rms(weight.grad, optimizer)
+        monkeypatch.undo()
+        return len(taken), {"weight": weight.detach(), **optimizer_tensors(optimizer)[0]}, rms
+
+    parts, sliced, rms = steps(2048)
+    once, whole, expected = steps(2**30)
+    assert (parts, once) == (3 * math.ceil(math.prod(shape) / 2048), 3)
+    assert same(sliced, whole)
+    assert rms.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_states_of_few_bits_are_not_compared():
+    with pytest.raises(SettingError, match="ao-adamw8bit refuses: amsgrad needs states"):
+        build_optimizer(
+            groups(weights(), settings("torch-adamw")), settings("ao-adamw8bit", optimizer_config="amsgrad=true"), 1
+        )
 
 
 def test_value_clipping_in_the_backward_pass():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config.optim import CAN_BE_CLIPPED, OptimizerSettings
 from .build import Group, build_optimizer
+from .low_bit import low_bit_slices, state_slice
 from .step import step_optimizer
 
 
@@ -99,8 +100,11 @@ def update_rms(gradient: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     state = optimizer.state[group["params"][0]]
     if "exp_avg_sq" not in state:
         return torch.ones((), device=gradient.device)  # then v̂ is g² itself
-    beta = group["betas"][1]
-    squared = gradient.float().square()
-    moment = torch.lerp(state["exp_avg_sq"].float(), squared, 1 - beta)
-    debiased = moment / (1 - beta ** (state["step"] + 1))
-    return (squared / debiased.clamp_min(group["eps"] ** 2)).mean().sqrt()
+    beta, total = group["betas"][1], torch.zeros((), device=gradient.device)
+    flat = gradient.reshape(-1)
+    for first, last in low_bit_slices(flat.numel(), getattr(optimizer, "block_size", 1)):  # the arithmetic needs memory
+        squared = flat[first:last].float().square()
+        moment = torch.lerp(state_slice(state["exp_avg_sq"], first, last).float(), squared, 1 - beta)
+        debiased = moment.div_(1 - beta ** (state["step"] + 1))
+        total += (squared / debiased.clamp_min_(group["eps"] ** 2)).sum()
+    return (total / flat.numel()).sqrt()

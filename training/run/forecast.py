@@ -23,6 +23,7 @@ from ..errors import SettingError
 from ..model.config import TransformerConfig
 from ..model.quantise import Int4Linear, is_quantised
 from ..model.transformer import Lumina2Transformer
+from ..optim.low_bit import SLICE
 
 GB = 10**9
 # Python and torch before a model is there (0.3 GB: benchmarks/memory.py, case "process"), and the part of torch that
@@ -53,7 +54,7 @@ _STATES: dict[str, Callable[[int], float]] = {
     "adamw_schedulefree": lambda size: 2 * size,
     "adafactor": lambda size: 0.01 * size,  # a number for each row and column
 }
-# Bytes for each element of the largest tensor while an optimiser takes its step on it alone, in bf16 and uncompiled.
+# Bytes for each element that an optimiser works on while it takes its step on one tensor, in bf16 and uncompiled.
 _STEP_WORK = {"ao-adamw8bit": 57, "ao-adamw4bit": 57, "ao-adamfp8": 57, "ao-adamwfp8": 57, "adamw_bf16": 26}
 _STEP_WORK_OF_OTHERS = 16
 
@@ -279,7 +280,8 @@ def forecast(
     if measured.computed == measured.stored and (precision.quantised or swapped):  # one weight is read at a time
         largest = max((torch.Size(dims).numel() for dims in measured.frozen.values()), default=0)
         fixed += largest * measured.computed.itemsize
-    step = measured.largest_trained * _STEP_WORK.get(optimizer, _STEP_WORK_OF_OTHERS) if fused_backward else 0
+    at_once = min(measured.largest_trained, SLICE) if optimizer.startswith("ao-") else measured.largest_trained
+    step = at_once * _STEP_WORK.get(optimizer, _STEP_WORK_OF_OTHERS) if fused_backward else 0
 
     kept = sum(cost.kept for cost in costs)
     moments = [(fixed + kept + again.head, 0)]
