@@ -16,7 +16,7 @@ from ..training.config.settings import Config, TrainSettings, check_run_name
 from ..training.config.simpletuner.read import Imported, Places, read_config
 from ..training.config.simpletuner.write import LYCORIS_NAME, from_settings, write_config
 from ..training.data.dataset import Dataset
-from ..training.errors import Lumina2Error, SettingError
+from ..training.errors import Lumina2Error
 from ..training.files import write_json
 from . import places
 from .sockets import AdapterSocket, ConfigSocket, DatasetSocket, ValidationSocket
@@ -37,7 +37,8 @@ class Lumina2LoadConfig(io.ComfyNode):
                 io.String.Input(
                     "file",
                     default="",
-                    tooltip="The config.json: a full path, or one under ComfyUI's input folder.",
+                    tooltip="The config.json: a full path, or one under ComfyUI's input folder. An example: "
+                    "bundled: nano-simpletuner.",
                 ),
                 io.Boolean.Input(
                     "adopt_our_defaults",
@@ -71,8 +72,6 @@ class Lumina2LoadConfig(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, adopt_our_defaults: bool) -> io.NodeOutput:
-        if not file.strip():
-            raise SettingError("file is empty. Write the path of a config.json.")
         imported = _read(file, adopt_our_defaults)
         report = "\n".join(_report(imported))
         written = imported.places.data_backend_config
@@ -82,8 +81,7 @@ class Lumina2LoadConfig(io.ComfyNode):
 
 
 def _read(file: str, adopt_our_defaults: bool) -> Imported:
-    path = Path(folder_paths.get_input_directory()) / Path(file.strip().strip('"')).expanduser()
-    return read_config(path, adopt_our_defaults, base=Path(folder_paths.base_path))
+    return read_config(places.config_file(file), adopt_our_defaults, base=Path(folder_paths.base_path))
 
 
 def _report(imported: Imported) -> list[str]:

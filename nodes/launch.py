@@ -20,8 +20,6 @@ from ..training.run.session import Outcome, Request
 from .bridge import engine_transformer
 from .places import cache_root
 
-LAUNCH = ("in this process", "accelerate")  # choices of the train nodes
-
 
 def launch(
     model: Any,

@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 
 from ..training.cache.store import Store
-from ..training.errors import DataError, RunError
+from ..training.errors import DataError, RunError, SettingError
 from ..training.run.folder import RunStore
 
 SUBFOLDER = "lumina2"  # of output and of models/loras
@@ -16,6 +16,7 @@ BUNDLED = {
     "bundled: nano-style-heldout": "style_heldout",
     "bundled: nano-concept": "concept",
 }
+BUNDLED_CONFIG = "bundled: nano-simpletuner"
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "nano"
 
 
@@ -30,6 +31,20 @@ def dataset_folder(named: str) -> Path:
         raise DataError("folder is empty. Write the folder that holds your pictures.")
     if named in BUNDLED:
         return ASSETS / BUNDLED[named]
+    return Path(folder_paths.get_input_directory()) / Path(named).expanduser()
+
+
+def config_file(named: str) -> Path:
+    """A config.json as written in the widget: bundled, absolute, or under ComfyUI's input folder.
+
+    Raises:
+        SettingError: nothing is written there.
+    """
+    named = named.strip().strip('"')
+    if not named:
+        raise SettingError("file is empty. Write the path of a config.json.")
+    if named == BUNDLED_CONFIG:
+        return ASSETS / "simpletuner" / "config.json"
     return Path(folder_paths.get_input_directory()) / Path(named).expanduser()
 
 

@@ -25,6 +25,8 @@ from .sockets import AdapterSocket, ConfigSocket, EmbedsSocket, LatentsSocket, L
 
 SAMPLES, SAMPLE_STEPS, SAMPLE_GUIDANCE = 2, 20, 4.0
 
+LAUNCH = ("in this process", "accelerate")
+
 if TYPE_CHECKING:
     from ..training.run.session import Outcome
 
@@ -225,6 +227,13 @@ def _further_sources() -> list[Any]:
             "config", optional=True, tooltip="Training Settings; what they set wins over the widgets here."
         ),
         io.Clip.Input("clip", optional=True, tooltip="Reads prompts that are typed into the panel in mid-run."),
+        io.Combo.Input(
+            "launch",
+            options=list(LAUNCH),
+            default=LAUNCH[0],
+            optional=True,
+            tooltip="accelerate: in processes of its own, one for each GPU; the model as wired is written to disk first.",
+        ),
     ]
 
 
@@ -271,6 +280,7 @@ def _train(
     vae: Any = None,
     config: Config | None = None,
     clip: Any = None,
+    launch: str = LAUNCH[0],
 ) -> Trained:
     """Train, or hand out what was trained before; what the config says wins over the widgets."""
     from ..training.report.login import check_logins
@@ -292,38 +302,43 @@ def _train(
         )
     )
     progress = Progress(node_id, settings.steps, quiet=True)
-    progress.say("loading the model")
-    transformer = trainable_transformer(model)
-    scale, unscale = model.model.process_latent_in, model.model.process_latent_out
     store = places.runs()
-    with training():
-        validator = SampleValidator(
-            embeds,
-            latents,
-            scale,
-            decode=(lambda drawn: vae.decode(unscale(drawn))) if vae is not None else None,
-            embed=(lambda text: embed_text(clip, text)[0].float()) if clip is not None else None,
-            shift=model.get_model_object("model_sampling").shift,
-            last_step=settings.steps,
-        )
-        outcome = train_lora(
-            transformer,
-            latents,
-            embeds,
-            settings,
-            Request(run_name.strip() or config.run_name, resume, checkpoint, continue_token, attempt),
-            store,
-            scale,
-            to_all(
-                [
-                    RunProgress(progress, settings.steps),
-                    reporters(config.report, store, progress.say, about_run(latents, embeds)),
-                ]
-            ),
-            encode=vae.encode if vae is not None else None,
-            validator=validator,
-            check=lambda: check_logins(config.report),
-        )
+    request = Request(run_name.strip() or config.run_name, resume, checkpoint, continue_token, attempt)
+    reported = reporters(config.report, store, progress.say, about_run(latents, embeds))
+    tell = to_all([RunProgress(progress, settings.steps), reported])
+    progress.say("loading the model")
+    if launch != LAUNCH[0]:
+        from .launch import launch as in_other_processes
+
+        check_logins(config.report)
+        outcome = in_other_processes(model, latents, embeds, settings, request, store, tell, vae=vae)
+    else:
+        transformer = trainable_transformer(model)
+        scale, unscale = model.model.process_latent_in, model.model.process_latent_out
+        limit = embeds.validation.max_tokens if embeds.validation else 256
+        with training():
+            validator = SampleValidator(
+                embeds,
+                latents,
+                scale,
+                decode=(lambda drawn: vae.decode(unscale(drawn))) if vae is not None else None,
+                embed=(lambda text: embed_text(clip, text, limit)[0].float()) if clip is not None else None,
+                shift=model.get_model_object("model_sampling").shift,
+                last_step=settings.steps,
+            )
+            outcome = train_lora(
+                transformer,
+                latents,
+                embeds,
+                settings,
+                request,
+                store,
+                scale,
+                tell,
+                encode=vae.encode if vae is not None else None,
+                validator=validator,
+                check=lambda: check_logins(config.report),
+            )
     drawn = _drawn(store.path(outcome.run), outcome.run.step)
 
     def draw(trained: Any) -> torch.Tensor:
