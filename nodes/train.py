@@ -232,7 +232,7 @@ def _further_sources() -> list[Any]:
             options=list(LAUNCH),
             default=LAUNCH[0],
             optional=True,
-            tooltip="accelerate: in processes of its own, one for each GPU; the model as wired is written to disk first.",
+            tooltip="accelerate: in processes of its own, one for each GPU; the model is written to disk first.",
         ),
     ]
 
