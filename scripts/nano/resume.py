@@ -79,6 +79,8 @@ def case(number: int) -> Case:
 def _settings(chance: random.Random) -> TrainSettings:
     optimizer = chance.choice([name for name in OPTIMIZERS if not name.startswith("bnb-")])
     adapter = chance.choice(ADAPTERS)
+    if optimizer == "prodigy" and getattr(adapter, "loraplus_lr_ratio", 1) != 1:
+        raise SettingError("prodigy has one learning rate for all weights")
     full = isinstance(adapter, FullSettings)
     fused = full and chance.random() < 0.5
     return TrainSettings(
