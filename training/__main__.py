@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return KILLED
-    print(json.dumps(answer.found, ensure_ascii=False) if options.json else answer.text)
+    if answer.found or answer.text:  # of several processes one answers
+        print(json.dumps(answer.found, ensure_ascii=False) if options.json else answer.text)
     return int(answer.code)
 
 

@@ -114,7 +114,11 @@ def losses(run):
 
 def test_the_sample_trains_and_goes_on(tmp_path):
     file = write(tmp_path)
+    cached, _ = start(tmp_path, "cache", "--config", file)
+    assert (cached["latents"], cached["captions"], cached["skipped"]) == (16, 16, [])
+    entries = set((tmp_path / "cache").rglob("*.safetensors"))
     found, told = start(tmp_path, "train", "--config", file)
+    assert set((tmp_path / "cache").rglob("*.safetensors")) == entries, "nothing is encoded twice"
     run = tmp_path / "output" / "lumina2" / "lumina2-lora"
     assert (found["status"], found["step"], found["folder"]) == ("finished", 6, str(run))
     assert Path(found["file"]).is_file()
@@ -208,6 +212,8 @@ def test_one_run_in_comfyui_and_on_the_command_line(server, tmp_path):
     kept = {path.name for path in (output / ".cache").rglob("*.safetensors")}
     start(tmp_path, "train", "--config", file, "--tracker_run_name", "by command")
     assert losses(output / "by command") == by_node
+    start(tmp_path, "train", "--config", file, "--output_dir", "out", "--tracker_run_name", "own caches")
+    assert losses(tmp_path / "out" / "own caches") == pytest.approx(by_node, rel=1e-4)
     # validation's negative prompt is embedded on the command line, and nothing else is made again
     assert len({path.name for path in (output / ".cache").rglob("*.safetensors")} - kept) <= 1
     longer, _ = start(tmp_path, "train", "--config", file, "--max_train_steps", 8)
@@ -219,3 +225,18 @@ def test_one_run_in_comfyui_and_on_the_command_line(server, tmp_path):
     assert json.loads((run / "run.json").read_text(encoding="utf-8"))["step"] == 10
     assert losses(run)[:6] == by_node
     assert not (output / "lumina2-lora-2").exists()
+
+
+def test_two_processes_train_one_run(tmp_path):
+    file = write(tmp_path, validation_disable=True, eval_steps_interval=None, evaluation_type="none", use_ema=False)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT)]
+    command = [*launcher, "train", "--config", str(file), "--json", "--train_batch_size", "2"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    (found,) = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
+    assert (found["status"], found["step"]) == ("finished", 6)
+    alone, _ = start(tmp_path, "train", "--config", file, "--train_batch_size", "2", "--gradient_accumulation_steps",
+                     "2", "--tracker_run_name", "alone")  # fmt: skip
+    both, one = (losses(tmp_path / "output" / "lumina2" / name) for name in ("lumina2-lora", "alone"))
+    assert both == pytest.approx(one, rel=1e-4)
+    assert alone["step"] == 6

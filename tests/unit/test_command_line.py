@@ -255,6 +255,15 @@ def test_runs_in_comfyuis_output_leave_their_files_in_its_models(tmp_path):
     assert store.models == tmp_path / "models" / "diffusion_models" / "lumina2"
 
 
+def test_train_starts_nothing_that_would_fail(ask, pictures):
+    datasets(pictures)
+    config(optimizer="bnb-adamw8bit", report_to="none")
+    code, found, error = ask("train", "--device", "cpu")
+    assert (code, found) == (2, None)
+    assert "It cannot start so: optimizer is bnb-adamw8bit" in error
+    assert not Path("out").exists()
+
+
 # init
 
 

@@ -1,9 +1,13 @@
-"""``train``: what the train nodes do, from a configuration: cache, train, validate, save."""
+"""``train``: what the train nodes do, from a configuration: cache, train, validate, save.
+
+Under ``accelerate launch`` or ``torchrun`` the processes that they start train one run together.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -20,6 +24,7 @@ from ..run.batches import Batches
 from ..run.control import Control
 from ..run.events import Event, Started, to_all
 from ..run.folder import RunStore
+from ..run.processes import Processes, joined
 from ..run.session import Outcome, Request, train_lora
 from ..sample.validator import SampleValidator
 from .answer import Answer
@@ -38,8 +43,13 @@ def run(options: argparse.Namespace) -> Answer:
     Raises:
         Lumina2Error: it cannot start, or has ended early; what was trained is kept.
     """
-    plan, terminal = open_plan(options), Terminal()
-    device = choose_device(options.device)
+    plan = open_plan(options)
+    with joined() as processes, open(os.devnull, "w") as nowhere:
+        return _run(plan, options.device, processes, Terminal(None if processes.leads else nowhere))
+
+
+def _run(plan: Plan, device_name: str, processes: Processes, terminal: Terminal) -> Answer:
+    device = processes.device if processes.link else choose_device(device_name)
     for line in plan.report:
         terminal.say(line)
     findings = look_around(plan, device, download=True)
@@ -49,9 +59,11 @@ def run(options: argparse.Namespace) -> Answer:
         raise SettingError("It cannot start so: " + " ".join(each.text for each in findings if each.fatal))
     check_logins(plan.config.config.report)
     model = find_model(plan.config.places, plan.config.folders, download=True)
-    cached = fill(plan, model, device, terminal)
+    cached = processes.lead(lambda: fill(plan, model, device, terminal)) or fill(plan, model, device, terminal)
     store = run_store(plan.output)
-    outcome = _train(plan, model, cached, device, store, terminal)
+    outcome = _train(plan, model, cached, device, store, terminal, processes)
+    if not processes.leads:
+        return Answer({}, "")
     trained = outcome.run
     full = plan.config.settings().full_fine_tune
     found = {
@@ -67,9 +79,15 @@ def run(options: argparse.Namespace) -> Answer:
 
 
 def _train(
-    plan: Plan, model: Model, cached: Cached, device: torch.device, store: RunStore, terminal: Terminal
+    plan: Plan,
+    model: Model,
+    cached: Cached,
+    device: torch.device,
+    store: RunStore,
+    terminal: Terminal,
+    processes: Processes,
 ) -> Outcome:
-    settings = _settings(plan, model, cached)
+    settings = _settings(plan, model, cached, processes)
     told = plan.config.config
     validator = SampleValidator(
         cached.texts,
@@ -102,15 +120,16 @@ def _train(
             control=control,
             encode=cached.vae.encode,
             validator=validator,
+            processes=processes,
         )
 
 
-def _settings(plan: Plan, model: Model, cached: Cached) -> TrainSettings:
+def _settings(plan: Plan, model: Model, cached: Cached, processes: Processes) -> TrainSettings:
     """With the steps that so many epochs of these pictures have."""
     if not plan.config.epochs:
         return plan.config.settings()
-    settings = plan.config.settings()
-    with Batches(cached.latents, cached.texts, settings, model.scale_latents, cached.vae.encode) as batches:
+    settings, vae = plan.config.settings(), cached.vae
+    with Batches(cached.latents, cached.texts, settings, model.scale_latents, vae.encode, processes) as batches:
         steps = math.ceil(plan.config.epochs * batches.epoch_steps)
     return plan.config.settings(steps)
 
