@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import tempfile
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it, flushed to disk, if the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_before(path), suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
@@ -32,6 +33,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _before(path: Path) -> str:
+    """What the temporary file's name begins with."""
+    return f".{path.name[:40]}."
+
+
+def remove_left_over(path: Path) -> None:
+    """Remove what processes that were killed left half of ``path``; nobody else may be writing it.
+
+    Long names are cut, so that theirs might be another file's, and stay.
+    """
+    if len(path.name) <= 40:
+        for temporary in path.parent.glob(f"{glob.escape(_before(path))}*.tmp"):
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -419,9 +419,14 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over_and_named(run, undistur
     for left in leftovers:
         left.mkdir()
         (left / "state.safetensors").write_bytes(b"half")
+    leftovers += [folder / ".run.json.q1w2e3.tmp", run.store.loras / ".cats.safetensors.q1w2e3.tmp"]
+    others = run.store.loras / ".cats-2.safetensors.q1w2e3.tmp"
+    for left in (*leftovers[2:], others):
+        left.write_bytes(b"half")
     run()
     assert "continuing from step 6 (checkpoint-7 cannot be read)" in run.said[-1]
     assert not any(left.exists() for left in leftovers)
+    assert others.exists()  # its run may be under way
     check_as_undisturbed(run, undisturbed)
     with pytest.raises(RunError, match="There is no checkpoint 'cats/checkpoint-7'"):
         run(steps=9, request={"resume": "from checkpoint", "checkpoint": "cats/checkpoint-7"})

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..adapter.files import write_lora
 from ..config.settings import TrainSettings
 from ..errors import RunError
-from ..files import write_tensors
+from ..files import remove_left_over, write_tensors
 from ..optim.averages import averaged
 from ..optim.state import optimizer_tensors
 from .checkpoint import newest_checkpoint, remove_old_checkpoints, save_checkpoint
@@ -60,7 +60,13 @@ class Keeper:
         self.processes = processes
         self.full = settings.full_fine_tune
         self.folder, self.file = store.path(run), store.file(run.folder, self.full)
+        if processes.leads:
+            for path in (self.folder / "run.json", self.file, self._beside("ema"), self._beside("best")):
+                remove_left_over(path)
         self._save(run)
+
+    def _beside(self, suffix: str) -> Path:
+        return self.file.with_stem(f"{self.file.stem}-{suffix}")
 
     def _save(self, run: Run) -> Run:
         self.processes.lead(lambda: self.store.save(run))
@@ -95,7 +101,7 @@ class Keeper:
         if state.ema:
             with state.ema.in_place():
                 averages, _ = state.adapter.export()
-            self.write(state, self.file.with_stem(f"{self.file.stem}-ema"), averages, metadata)
+            self.write(state, self._beside("ema"), averages, metadata)
         self.note(status, note)
         return tensors
 
@@ -112,7 +118,7 @@ class Keeper:
 
     def write_beside(self, state: TrainState, suffix: str) -> None:
         """A file for ComfyUI of this step's weights, named after the run's own."""
-        self.write(state, self.file.with_stem(f"{self.file.stem}-{suffix}"), *self.exported(state))
+        self.write(state, self._beside(suffix), *self.exported(state))
 
     def note(self, status: str, note: str = "") -> Run:
         """Write ``run.json`` alone."""

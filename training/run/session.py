@@ -209,7 +209,7 @@ def _keep_what_there_is(
     try:
         if state.step > first and state.whole:
             keeper.end(state, status, str(error))
-    except (OSError, Lumina2Error) as trouble:
+    except Exception as trouble:  # which must not hide the error that ended the run
         status = "failed"
         with suppress(OSError):
             journal(Said(str(trouble)))
