@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -229,7 +229,7 @@ def _words(chosen: Case) -> str:
     return " ".join([*said, f"{len(chosen.datasets)} dataset(s)"])
 
 
-def kills(pairs: int, first: int, out: Any) -> list[dict[str, Any]]:
+def kills(pairs: int, first: int) -> list[dict[str, Any]]:
     rows = []
     for number in range(first, first + pairs):
         with tempfile.TemporaryDirectory() as folder:
@@ -237,7 +237,7 @@ def kills(pairs: int, first: int, out: Any) -> list[dict[str, Any]]:
                 rows.append({"case": number, "exact": True, "what": check(number, Path(folder))})
             except AssertionError as error:
                 rows.append({"case": number, "exact": False, "what": f"{_words(case(number))}: {error}"})
-        print(*rows[-1].values(), sep="\t", file=out, flush=True)
+        print(*rows[-1].values(), sep="\t", flush=True)
     return rows
 
 
@@ -299,15 +299,15 @@ def main() -> int:
         folder: Path = options.folder
         train(case(options.number), tiny.store(folder / "killed"), folder / "data", Work(options.kill_at))
         return 0
-    out = sys.stderr if options.json else sys.stdout
-    if options.command == "kills":
-        found: Any = kills(options.pairs, options.first, out)
-        good = all(row["exact"] for row in found)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            found = memory(options.steps, Path(folder))
-        good = found["flat"]
-        print(*(f"{name:20} {value}" for name, value in found.items()), sep="\n", file=out)
+    with redirect_stdout(sys.stderr if options.json else sys.stdout):
+        if options.command == "kills":
+            found: Any = kills(options.pairs, options.first)
+            good = all(row["exact"] for row in found)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                found = memory(options.steps, Path(folder))
+            good = found["flat"]
+            print(*(f"{name:20} {value}" for name, value in found.items()), sep="\n")
     if options.json:
         print(json.dumps(found))
     return int(not good)
