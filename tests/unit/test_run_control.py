@@ -255,7 +255,7 @@ def test_a_run_is_found_by_its_folder_from_any_thread(run):
         active(folder).stop()
 
     with in_thread(outside):
-        outcome = run(at(1, began.set), steps=100_000, checkpoint_step_interval=100_000)
+        outcome = run(at(1, began.set), steps=2000, checkpoint_step_interval=2000)
     assert outcome.run.status == "stopped"
     assert active(folder) is None
 
