@@ -148,7 +148,7 @@ def folders(sent: dict[str, Any]) -> dict[str, Any]:
     typed = str(sent.get("typed", "")).strip().strip('"').replace("\\", "/")
     root = Path(folder_paths.get_input_directory()).resolve()
     parent, _, begin = typed.rpartition("/")
-    place = (root / parent).resolve() if not Path(parent).is_absolute() else None
+    place = (root / parent).resolve() if not Path(typed).is_absolute() else None
     found: list[str] = [name for name in places.BUNDLED if name.startswith(typed)]
     if place is not None and place.is_relative_to(root) and place.is_dir():
         with os.scandir(place) as entries:

@@ -5,64 +5,16 @@ import os
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "01_quickstart_nano"
+TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
 GROUPS = ["1 Model", "2 Pictures", "3 Prepare", "4 Train", "5 Compare"]
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
-LOADED_S = 120
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(
-            executable_path=os.environ["LUMINA2_CHROMIUM"], args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield launched
-        launched.close()
-
-
-@pytest.fixture
-def open_page(browser, server, tmp_path):
-    """Opens the page with settings, and gives it with all that it logged as errors and all scripts it loaded."""
-    contexts = []
-
-    def open_page(**settings):
-        for name, value in {**SETTINGS, **settings}.items():
-            server.ask(f"/settings/{name}", value)
-        context = browser.new_context(viewport={"width": 1600, "height": 1000})
-        contexts.append(context)
-        page = context.new_page()
-        page.errors, page.scripts = [], []
-        page.on("console", lambda said: page.errors.append(f"{said.type} {said.text} {said.location}"))
-        page.on("pageerror", lambda error: page.errors.append(f"error {error} {error.stack}"))
-        page.on("request", lambda request: page.scripts.append(request.url))
-        page.goto(server.url)
-        page.wait_for_function("!!(window.app?.graph && window.app.extensionManager)", timeout=LOADED_S * 1000)
-        page.wait_for_function("!!LiteGraph.registered_node_types['TrainLumina2LoRA']", timeout=LOADED_S * 1000)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-
-
-def load_template(page):
-    page.evaluate(
-        """async (name) => {
-            const answer = await fetch(`/api/workflow_templates/lumina2-trainer/${name}.json`)
-            await app.loadGraphData(await answer.json())
-        }""",
-        TEMPLATE,
-    )
-    page.wait_for_function("app.graph._nodes.length > 10", timeout=LOADED_S * 1000)
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "Nodes 2.0"])
-def test_the_template_loads_as_it_was_saved(open_page, server, vue):
-    assert server.ask("/workflow_templates")["lumina2-trainer"] == [TEMPLATE]
+def test_the_template_loads_as_it_was_saved(open_page, load_template, server, vue):
+    assert server.ask("/workflow_templates")["lumina2-trainer"] == TEMPLATES
     page = open_page(**{"Comfy.VueNodes.Enabled": vue, "Comfy.Locale": "en"})
     load_template(page)
     saved = json.loads((ROOT / "example_workflows" / f"{TEMPLATE}.json").read_text(encoding="utf-8"))
@@ -85,7 +37,7 @@ def test_the_template_loads_as_it_was_saved(open_page, server, vue):
                .map(w => ({name: w.name, hidden: !!w.hidden, serialized: w.serialize !== false}))"""
     )
     assert {w["name"] for w in widgets if w["hidden"]} == {"continue_token", "attempt"}
-    assert all(w["serialized"] for w in widgets)
+    assert [w["name"] for w in widgets if not w["serialized"]] == ["lumina2_panel"]
     sent = page.evaluate("app.graphToPrompt().then(p => p.output)")
     train = next(node for node in sent.values() if node["class_type"] == "TrainLumina2LoRA")
     assert (train["inputs"]["steps"], train["inputs"]["continue_token"], train["inputs"]["attempt"]) == (500, 0, 0)
@@ -111,21 +63,26 @@ def test_the_template_loads_as_it_was_saved(open_page, server, vue):
         page.screenshot(path=f"{os.environ['LUMINA2_SHOTS']}/template-{'vue' if vue else 'classic'}.png")
 
 
-def test_nodes_of_the_template_do_not_overlap_and_lie_in_their_groups(open_page):
+def test_nodes_of_every_template_are_known_do_not_overlap_and_lie_in_their_groups(open_page, load_template):
     page = open_page(**{"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"})
-    load_template(page)
-    boxes = page.evaluate(
-        "app.graph._nodes.map(n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"
-    )
-    groups = page.evaluate(
-        "app.graph._groups.map(g => [g.pos[0], g.pos[1], g.pos[0] + g.size[0], g.pos[1] + g.size[1]])"
-    )
-    for index, (title, left, top, right, bottom) in enumerate(boxes):
-        inside = [g for g in groups if g[0] <= left and g[1] <= top and right <= g[2] and bottom <= g[3]]
-        assert len(inside) == 1, f"{title} lies in {len(inside)} groups"
-        for other, *box in boxes[index + 1 :]:
-            apart = right <= box[0] or box[2] <= left or bottom <= box[1] or box[3] <= top
-            assert apart, f"{title} overlaps {other}"
+    for name in TEMPLATES:
+        load_template(page, name)
+        unknown = page.evaluate(
+            "app.graph._nodes.filter(n => !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+        )
+        assert unknown == [], name
+        boxes = page.evaluate(
+            "app.graph._nodes.map(n => [n.title, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"
+        )
+        groups = page.evaluate(
+            "app.graph._groups.map(g => [g.pos[0], g.pos[1], g.pos[0] + g.size[0], g.pos[1] + g.size[1]])"
+        )
+        for index, (title, left, top, right, bottom) in enumerate(boxes):
+            inside = [g for g in groups if g[0] <= left and g[1] <= top and right <= g[2] and bottom <= g[3]]
+            assert len(inside) == 1, f"{name}: {title} lies in {len(inside)} groups"
+            for other, *box in boxes[index + 1 :]:
+                apart = right <= box[0] or box[2] <= left or bottom <= box[1] or box[3] <= top
+                assert apart, f"{name}: {title} overlaps {other}"
 
 
 def test_the_page_speaks_chinese(open_page):

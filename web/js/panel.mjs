@@ -281,7 +281,9 @@ class Panel {
     const shown = this.run ? strip(this.pictures, this.runId, this.run.samples) : 0;
     if (!shown) {
       this.pictures.dataset.key = "";
-      this.pictures.replaceChildren(make("span.faint", {}, this.run ? say("no_samples") : ""));
+      const drawn = this.node.inputs?.some((input) => input.name === "vae" && input.link != null);
+      const why = say(drawn ? "no_samples_yet" : "no_samples");
+      if (this.pictures.textContent !== why) this.pictures.replaceChildren(make("span.faint", {}, why));
     }
     this.showError(state === "failed" ? this.error || now.message : "");
     this.showButtons(state, now, active);

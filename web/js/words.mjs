@@ -20,6 +20,10 @@ const WORDS = {
   idle: ["Not trained yet", "尚未训练"],
   idle_more: ["Press Run: the loss and the samples appear here", "点击“运行”：损失曲线和样图将显示在这里"],
   no_samples: ["Samples appear here when a VAE is wired in", "接入 VAE 后，样图将显示在这里"],
+  no_samples_yet: [
+    "No samples yet: press Sample now, or wire Validation Settings in",
+    "还没有样图：点击“立即出图”，或接入验证设置",
+  ],
   no_chart: ["No steps yet", "还没有训练步"],
 
   stop: ["Stop & keep", "停止并保留"],
