@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -105,14 +106,20 @@ class RunLines:
 
 @contextmanager
 def obeying_signals(control: Control, say: Callable[[str], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run after the step, with everything saved; a second SIGINT ends it at once."""
-    asked = False
+    """SIGINT and SIGTERM end the run after the step, with everything saved; a second SIGINT ends it at once.
+
+    Under a launcher one Ctrl+C comes twice, from the terminal and from the launcher.
+    """
+    asked_at = math.inf
+    one_and_the_same_s = 2.0 if "WORLD_SIZE" in os.environ else 0.0
 
     def end(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
+        nonlocal asked_at
+        if asked_at < math.inf and number == signal.SIGINT:
+            if time.monotonic() - asked_at < one_and_the_same_s:
+                return
             raise KeyboardInterrupt
-        asked = True
+        asked_at = min(asked_at, time.monotonic())
         control.interrupt()
         say("stopping after this step; everything is saved (interrupt again to end at once)")
 
