@@ -87,7 +87,9 @@ def test_a_run_draws_while_it_trains_as_ksampler_does(trained):
         (chain,) = pictures(trained, name)
         assert difference(png(run_folder(trained) / f"samples/step-{step}/validation-0.png"), chain) < 1
     assert difference(pictures(trained, "base chain")[0], pictures(trained, "trained chain")[0]) > 2
-    assert np.array_equal(pictures(trained, "watched samples")[0], png(run_folder(trained) / "samples/step-8/validation-0.png"))
+    assert np.array_equal(
+        pictures(trained, "watched samples")[0], png(run_folder(trained) / "samples/step-8/validation-0.png")
+    )
 
 
 def test_the_log_tells_the_pictures_and_their_distances(trained):

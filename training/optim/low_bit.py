@@ -33,6 +33,8 @@ def with_repeatable_steps(cls: Callable[..., torch.optim.Optimizer], seed: int) 
         raise SettingError("The optimizers ao-… need torch 2.6 or newer; choose adamw_bf16, which is small, too.")
 
     class RepeatableSteps(cls):  # type: ignore[misc, valid-type]
+        param_groups: list[dict[str, Any]]
+
         def __init__(self, params: Any, **arguments: Any) -> None:
             if arguments.get("amsgrad"):
                 raise ValueError("amsgrad needs states that can be compared, and codes of few bits cannot")
