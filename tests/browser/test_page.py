@@ -14,7 +14,7 @@ GROUPS = ["1 Model", "2 Pictures", "3 Prepare", "4 Train", "5 Compare"]
 
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "Nodes 2.0"])
 def test_the_template_loads_as_it_was_saved(open_page, load_template, server, vue):
-    assert server.ask("/workflow_templates")["lumina2-trainer"] == TEMPLATES
+    assert sorted(server.ask("/workflow_templates")["lumina2-trainer"]) == TEMPLATES
     page = open_page(**{"Comfy.VueNodes.Enabled": vue, "Comfy.Locale": "en"})
     load_template(page)
     saved = json.loads((ROOT / "example_workflows" / f"{TEMPLATE}.json").read_text(encoding="utf-8"))
