@@ -13,7 +13,8 @@ from ..training.config.adapter import AdapterSettings, LoRASettings
 from ..training.config.databackend import Backends, find_path, write_databackend
 from ..training.config.optim import OptimizerSettings
 from ..training.config.settings import Config, TrainSettings, check_run_name
-from ..training.config.simpletuner.read import Imported, Places, read_config
+from ..training.config.simpletuner.imported import Imported, Places
+from ..training.config.simpletuner.read import read_config
 from ..training.config.simpletuner.write import LYCORIS_NAME, from_settings, write_config
 from ..training.data.dataset import Dataset
 from ..training.errors import Lumina2Error

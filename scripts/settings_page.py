@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config.settings import TrainSettings
-from training.config.simpletuner.read import beside_defaults, own_kinds
+from training.config.simpletuner.imported import beside_defaults, own_kinds
 from training.config.simpletuner.table import BY_HAND, NO_EFFECT, OPTIONS, OWN_BLOCK, SECTIONS, UNSUPPORTED
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,8 @@ from training.config.optim import OptimizerSettings
 from training.config.precision import PrecisionSettings
 from training.config.report import ReportSettings
 from training.config.settings import TrainSettings
-from training.config.simpletuner.read import _OF_DATASETS, Places, parse_config, read_config
+from training.config.simpletuner.imported import Places
+from training.config.simpletuner.read import _OF_DATASETS, parse_config, read_config
 from training.config.simpletuner.table import (
     BY_HAND,
     NO_EFFECT,

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> Answer:
     Raises:
         SettingError: a file is not understood.
     """
-    if options.file and _is_list(options.file):
+    if options.file and holds_datasets(options.file):
         return _of_datasets(options.file, options.strict)
     options.config = options.file or options.config
     plan = open_plan(options)
@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> Answer:
     return Answer(found, "\n".join(text), WARNED if options.strict and findings else DONE)
 
 
-def _is_list(path: Path) -> bool:
+def holds_datasets(path: Path) -> bool:
+    """Whether a file is a ``multidatabackend.json``: a list."""
     try:
         return plain_json(path.read_text(encoding="utf-8-sig")).lstrip().startswith("[")
     except (OSError, UnicodeDecodeError):

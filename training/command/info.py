@@ -18,7 +18,7 @@ from ..run.checkpoint import read_checkpoint
 from ..run.events import read_losses
 from ..run.folder import RunStore
 from .answer import Answer, table
-from .check import _is_list
+from .check import holds_datasets
 
 RECENT = 20  # steps that a run's last loss is the mean of
 
@@ -98,7 +98,7 @@ def dataset_info(settings: DatasetSettings, place: Path) -> dict[str, Any]:
 
 
 def _file_info(path: Path) -> dict[str, Any]:
-    if not _is_list(path):
+    if not holds_datasets(path):
         config = read_config(path)
         places = {name: value for name, value in vars(config.places).items() if value}
         return {"config": str(path), **places, "report": list(config.report)}

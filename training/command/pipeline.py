@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config.databackend import find_path
-from ..config.simpletuner.read import Places
+from ..config.simpletuner.imported import Places
 from ..errors import ModelError
 from ..files import read_json
 from ..model.config import MAX_CAPTION_TOKENS, TransformerConfig

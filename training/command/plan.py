@@ -10,7 +10,8 @@ from typing import Any
 
 from ..config.databackend import Backends, TextCacheSettings, find_path, read_databackend, resolve
 from ..config.dataset import DatasetSettings
-from ..config.simpletuner.read import Imported, parse_config, read_config
+from ..config.simpletuner.imported import Imported
+from ..config.simpletuner.read import parse_config, read_config
 from ..errors import SettingError
 from ..run.folder import RunStore
 

@@ -12,7 +12,8 @@ from typing import Any
 from ..adapter import FullSettings, LoRASettings, LyCORISSettings
 from ..settings import TrainSettings
 from .adapters import lycoris_file, peft_modules
-from .read import Imported, Places, beside_defaults, understood
+from .imported import Imported, Places, beside_defaults
+from .read import understood
 from .table import BY_HAND, OPTIONS, OWN_BLOCK
 
 LYCORIS_NAME = "lycoris_config.json"  # beside the config.json
