@@ -24,7 +24,7 @@ def test_the_template_loads_as_it_was_saved(open_page, load_template, server, vu
         here = by_id[node["id"]]
         assert here["type"] == node["type"]
         if node["type"] != "MarkdownNote":
-            assert here.get("widgets_values") == node.get("widgets_values"), node["type"]
+            assert (here.get("widgets_values") or []) == (node.get("widgets_values") or []), node["type"]
     assert [group["title"] for group in shown["groups"]] == GROUPS
     assert len(shown["links"]) == len(saved["links"])
 
