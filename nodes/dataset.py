@@ -29,6 +29,7 @@ from ..training.config.dataset import (
 from ..training.data.dataset import Dataset, append, load_dataset
 from ..training.data.sources.opening import open_source
 from ..training.errors import Lumina2Error, SettingError
+from .glimpse import glimpse
 from .places import cache_root, dataset_folder
 from .progress import Progress
 from .sockets import DatasetOptionsSocket, DatasetSocket
@@ -287,9 +288,10 @@ class Lumina2LoadDatasetConfig(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, dataset: Dataset | None = None) -> io.NodeOutput:
         settings, notes = _configured(file)
-        loaded = load_parts(cls.hidden.unique_id, settings, dataset)[0]
+        read = load_parts(cls.hidden.unique_id, settings, dataset)
+        loaded = read[0]
         report = [*notes, *(line for one in loaded.reports for line in one.lines())]
-        return io.NodeOutput(loaded, "\n".join(report))
+        return io.NodeOutput(loaded, "\n".join(report), ui=read.ui)
 
 
 def load_parts(
@@ -308,7 +310,7 @@ def load_parts(
     if found is None:
         raise SettingError("No dataset is enabled in this file. Remove disabled from one of them.")
     progress.say("; ".join(report.lines()[0] + _problems(report.problems) for report in found.reports))
-    return io.NodeOutput(found)
+    return io.NodeOutput(found, ui={"lumina2_dataset": [glimpse(found)]})
 
 
 def _problems(problems: tuple[str, ...]) -> str:

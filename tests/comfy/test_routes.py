@@ -130,6 +130,22 @@ def test_what_run_will_do_and_need_is_told_before(trained):
     assert ask(trained, "forecast", {"node": {**unseen, "inputs": {}}})[1]["known"] is False
 
 
+def test_load_dataset_shows_what_it_read(trained):
+    folder = trained.base / "input" / "shown"
+    folder.mkdir()
+    for number, size in enumerate(((64, 64), (64, 64), (40, 40))):
+        Image.new("RGB", size, "red").save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("red")
+    (folder / "broken.png").write_bytes(b"no picture")
+    prompt = {key: node for key, node in workflow(folder="shown").items() if key in ("model", "data", "latents")}
+    (read,) = trained.run(prompt)["data"]["lumina2_dataset"]
+    assert (read["pictures"], read["buckets"], read["enlarged"]) == (3, [[64, 64, 3]], 1)
+    assert [sentence for sentence in read["problems"] if "broken.png" in sentence]
+    assert len(read["crops"]) == 3
+    with urllib.request.urlopen(read["crops"][0]) as crop:
+        assert Image.open(crop).size == (64, 64)
+
+
 def test_folders_are_completed_inside_input_only(trained):
     for name in ("cats/10_tabby", "cats/5_black", "Catalogue", ".hidden"):
         (trained.base / "input" / name).mkdir(parents=True)

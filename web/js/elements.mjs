@@ -36,7 +36,7 @@ export function button(label, act, { tip, kind, where, icon } = {}) {
     {
       type: "button",
       title: tip ?? label,
-      "aria-label": tip ? `${label}: ${tip}` : label,
+      "aria-label": [label, tip].filter(Boolean).join(": "),
       async onclick(event) {
         event.stopPropagation();
         element.disabled = true;

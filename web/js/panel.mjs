@@ -156,8 +156,12 @@ class Panel {
     this.unwatch?.();
     this.runId = runId;
     this.unwatch = watch(runId, (run) => {
+      const ran = this.active;
       this.run = run;
-      this.show();
+      this.active = RUNNING.includes(run.now.status);
+      if (ran !== this.active) this.plannedFor = null; // what Run would do is another matter then
+      if (this.active && !ran) this.showPlan();
+      else this.show();
     });
   }
 
@@ -194,6 +198,7 @@ class Panel {
   }
 
   showPlan() {
+    if (!this.planned) return;
     const { does, folder, step, why, over, differs } = this.planned;
     const words = {
       new: ["plan_new", {}],
@@ -204,17 +209,17 @@ class Panel {
       "from checkpoint": ["plan_from", {}],
       unknown: ["plan_unknown", {}],
     }[does];
-    const text = words ? say(...words) : "";
-    this.next.textContent = text && !RUNNING.includes(this.run?.now.status) ? `≈ ${text}` : "";
+    const text = words && !RUNNING.includes(this.run?.now.status) ? `≈ ${say(...words)}` : "";
+    this.next.textContent = text;
     this.next.title = differs?.length ? differs.join(", ") : (why ?? "");
-    this.label("run_name", words ? `≈ ${text}` : "");
+    if (this.marked !== "run_name") this.label("run_name", text);
     const widgets = ["steps", "learning_rate", "rank", "batch_size", "seed"];
     for (const name of widgets) {
       const widget = widgetOf(this.node, name);
       if (!widget) continue;
       const value = over?.[name];
       widget.disabled = value !== undefined;
-      this.label(name, value === undefined ? "" : say("from_config", { value: number(value, 6) }));
+      if (this.marked !== name) this.label(name, value === undefined ? "" : say("from_config", { value: number(value, 6) }));
     }
     this.node.setDirtyCanvas?.(true, true);
     this.show();

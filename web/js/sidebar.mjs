@@ -405,7 +405,7 @@ function plots(host, colours) {
   slider.style.flex = "1";
   const charts = Object.fromEntries(PLOTS.map((name) => [name, new Chart(say(name))]));
   const boxes = Object.fromEntries(
-    PLOTS.map((name) => [name, make("div.plot", {}, make("p", {}, say(name), make("span.grow"), make("span")), charts[name].element)]),
+    PLOTS.map((name) => [name, make("div.plot", { "data-name": name }, make("p", {}, say(name), make("span.grow"), make("span")), charts[name].element)]),
   );
   host.replaceChildren(
     make("label.row", {}, say("smoothing"), slider),
