@@ -7,8 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..training.adapter.formats.write import DTYPES, FORMATS, written
-from . import adapters as any_format
+from ..training.adapter.formats import DTYPE_NAMES, FORMAT_NAMES
 from .progress import Progress
 from .sockets import LoraModelSocket
 
@@ -34,7 +33,7 @@ class Lumina2ConvertLoRA(io.ComfyNode):
                 io.String.Input("lora", default="", tooltip=LORA_TOOLTIP),
                 io.Combo.Input(
                     "format",
-                    options=list(FORMATS),
+                    options=list(FORMAT_NAMES),
                     tooltip=FORMAT_TOOLTIP,
                 ),
                 io.String.Input(
@@ -43,7 +42,7 @@ class Lumina2ConvertLoRA(io.ComfyNode):
                     tooltip="The new file under models/loras/lumina2. Empty: named like the old one.",
                 ),
                 io.Int.Input("rank", default=0, min=0, max=4096, tooltip=RANK_TOOLTIP),
-                io.Combo.Input("dtype", options=list(DTYPES), tooltip=DTYPE_TOOLTIP),
+                io.Combo.Input("dtype", options=list(DTYPE_NAMES), tooltip=DTYPE_TOOLTIP),
                 io.Model.Input("model", optional=True, tooltip=MODEL_TOOLTIP),
             ],
             outputs=[
@@ -58,6 +57,9 @@ class Lumina2ConvertLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora: str, format: str, name: str, rank: int, dtype: str, model: Any = None) -> io.NodeOutput:
+        from ..training.adapter.formats.write import written
+        from . import adapters as any_format
+
         Progress(cls.hidden.unique_id).say("converting")
         adapters, base = any_format.opened(lora, None, model), any_format.weights_of(model)
         result = written(adapters, format, base, rank, dtype)
@@ -105,6 +107,8 @@ class Lumina2LoadLoRA(io.ComfyNode):
         block_strengths: str,
         lora_model: dict[str, Tensor] | None = None,
     ) -> io.NodeOutput:
+        from . import adapters as any_format
+
         adapters = any_format.opened(lora, lora_model, model)
         return io.NodeOutput(any_format.with_strengths(model, adapters, strength, block_strengths))
 
@@ -126,10 +130,10 @@ class Lumina2SaveLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "format",
-                    options=list(FORMATS),
+                    options=list(FORMAT_NAMES),
                     tooltip=FORMAT_TOOLTIP,
                 ),
-                io.Combo.Input("dtype", options=list(DTYPES), tooltip=DTYPE_TOOLTIP),
+                io.Combo.Input("dtype", options=list(DTYPE_NAMES), tooltip=DTYPE_TOOLTIP),
                 io.Int.Input("rank", default=0, min=0, max=4096, tooltip=RANK_TOOLTIP),
                 io.Model.Input("model", optional=True, tooltip=MODEL_TOOLTIP),
             ],
@@ -142,6 +146,9 @@ class Lumina2SaveLoRA(io.ComfyNode):
     def execute(
         cls, lora_model: dict[str, Tensor], name: str, format: str, dtype: str, rank: int, model: Any = None
     ) -> io.NodeOutput:
+        from ..training.adapter.formats.write import written
+        from . import adapters as any_format
+
         adapters = any_format.opened("", lora_model, model)
         result = written(adapters, format, any_format.weights_of(model), rank, dtype)
         kept = any_format.keep(adapters, name, result)

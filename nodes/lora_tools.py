@@ -10,12 +10,9 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ..training.adapter.formats.checkpoint import Entry, write_entries
-from ..training.adapter.formats.combine import Combined, combine, extract
-from ..training.adapter.formats.write import DTYPES, written
+from ..training.adapter.formats import DTYPE_NAMES
 from ..training.config.settings import check_run_name
 from ..training.errors import SettingError
-from . import adapters as any_format
 from . import places
 from .lora import DTYPE_TOOLTIP, LORA_TOOLTIP, NAME_TOOLTIP
 from .progress import Progress, counting
@@ -36,8 +33,11 @@ def named_loras(text: str) -> list[tuple[str, float]]:
     return found
 
 
-def _given(combined: Combined, base: Any, name: str, dtype: str) -> tuple[dict[str, Tensor], str, str]:
+def _given(combined: Any, base: Any, name: str, dtype: str) -> tuple[dict[str, Tensor], str, str]:
     """LORA_MODEL, the kept file's name and the report."""
+    from ..training.adapter.formats.write import written
+    from . import adapters as any_format
+
     result = written(combined.adapters, "comfyui", base, dtype=dtype)
     kept = any_format.keep(combined.adapters, name, result)
     report = "\n".join([f"{kept}: {combined.note}", *result.notes])
@@ -73,7 +73,9 @@ class Lumina2MergeLoRA(io.ComfyNode):
                     "models/diffusion_models.",
                 ),
                 io.String.Input("name", default="merged", tooltip="The new file's name. Another is never overwritten."),
-                io.Combo.Input("dtype", options=list(DTYPES), tooltip="Of the LoRA's weights. bf16 is half as large."),
+                io.Combo.Input(
+                    "dtype", options=list(DTYPE_NAMES), tooltip="Of the LoRA's weights. bf16: half the size."
+                ),
                 io.Model.Input("model", optional=True, tooltip="Needed to bake them in, and for DoRA, OFT and GLoRA."),
                 LoraModelSocket.Input("lora_model", optional=True, tooltip="One more LoRA, by wire, at strength 1."),
             ],
@@ -99,6 +101,9 @@ class Lumina2MergeLoRA(io.ComfyNode):
         model: Any = None,
         lora_model: dict[str, Tensor] | None = None,
     ) -> io.NodeOutput:
+        from ..training.adapter.formats.combine import combine
+        from . import adapters as any_format
+
         progress = Progress(cls.hidden.unique_id)
         if save_as == AS_MODEL and model is None:
             raise SettingError("save_as is model, and no MODEL is wired. Wire the one that they are baked into.")
@@ -120,6 +125,7 @@ class Lumina2MergeLoRA(io.ComfyNode):
 
 def _baked(model: Any, name: str, progress: Progress) -> str:
     """Write MODEL as it is in effect to models/diffusion_models/lumina2; its name for a loader."""
+    from ..training.adapter.formats.checkpoint import Entry, write_entries
     from .bridge import engine_transformer
 
     store = places.runs()
@@ -153,7 +159,7 @@ class Lumina2ExtractLoRA(io.ComfyNode):
                     tooltip="Of each layer at most; the error is told. 0: exact, as large as the model.",
                 ),
                 io.String.Input("name", default="extracted", tooltip=NAME_TOOLTIP),
-                io.Combo.Input("dtype", options=list(DTYPES), tooltip=DTYPE_TOOLTIP),
+                io.Combo.Input("dtype", options=list(DTYPE_NAMES), tooltip=DTYPE_TOOLTIP),
             ],
             outputs=[
                 LoraModelSocket.Output(display_name="LORA_MODEL", tooltip="On the base it gives the tuned model."),
@@ -167,6 +173,8 @@ class Lumina2ExtractLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_tuned: Any, model_base: Any, rank: int, name: str, dtype: str) -> io.NodeOutput:
+        from ..training.adapter.formats.combine import extract
+        from . import adapters as any_format
         from .bridge import transformer_config
 
         progress, config = Progress(cls.hidden.unique_id), transformer_config(model_base)
@@ -200,7 +208,7 @@ class Lumina2ResizeLoRA(io.ComfyNode):
                     tooltip="Of each layer at most; smaller ones stay. The error is told.",
                 ),
                 io.String.Input("name", default="", tooltip="The new file's name. Empty: the old one and the rank."),
-                io.Combo.Input("dtype", options=list(DTYPES), tooltip=DTYPE_TOOLTIP),
+                io.Combo.Input("dtype", options=list(DTYPE_NAMES), tooltip=DTYPE_TOOLTIP),
                 LoraModelSocket.Input("lora_model", optional=True, tooltip="A LoRA by wire; it wins over the name."),
                 io.Model.Input("model", optional=True, tooltip="Needed for DoRA, OFT and GLoRA."),
             ],
@@ -223,6 +231,9 @@ class Lumina2ResizeLoRA(io.ComfyNode):
         lora_model: dict[str, Tensor] | None = None,
         model: Any = None,
     ) -> io.NodeOutput:
+        from ..training.adapter.formats.combine import combine
+        from . import adapters as any_format
+
         base = any_format.weights_of(model)
         combined = combine([(any_format.opened(lora, lora_model, model), 1.0)], rank, base)
         default = any_format.like(lora if lora_model is None else "lora", f"rank-{rank}")

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from training.adapter.formats import DTYPE_NAMES, FORMAT_NAMES
 from training.adapter.formats.fuse import join_layers, split_layer
 from training.adapter.formats.layers import Adapters, Layer, change, no_base, shapes
 from training.adapter.formats.read import PEFT_SETTINGS, adapters_of, read_adapters
 from training.adapter.formats.strengths import block_strengths
-from training.adapter.formats.write import FORMATS, write_adapters, written
+from training.adapter.formats.write import DTYPES, FORMATS, write_adapters, written
 from training.errors import ModelError, SettingError
 from training.model.config import TransformerConfig
 
@@ -324,6 +325,10 @@ def test_what_does_not_fit_is_refused():
     found = adapters_of(good | {"text_encoder.layers.0.self_attn.q_proj.lora_A.weight": A}, {}, NANO)
     assert "1 tensors of the text encoder are left out" in found.notes[0]
     assert "1 tensors" in written(found).notes[0]
+
+
+def test_what_the_nodes_offer_is_what_is_written():
+    assert (tuple(FORMATS), tuple(DTYPES)) == (FORMAT_NAMES, DTYPE_NAMES)
 
 
 def test_a_file_is_read_back(tmp_path, monkeypatch):
