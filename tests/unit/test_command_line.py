@@ -170,7 +170,7 @@ def test_check_reads_everything_and_starts_nothing(ask, pictures):
                 "pretrained_evaluation_model_name_or_path": "no/clip",
                 "eval_steps_interval": 5,
                 "checkpoints_total_limit": 10**8,
-                "train_batch_size": 10**6,
+                "train_batch_size": 20_000,
             },
             (
                 "needs the package bitsandbytes: pip install bitsandbytes",
