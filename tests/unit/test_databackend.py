@@ -409,7 +409,9 @@ def geometries(draw):
         crop_aspect=draw(st.sampled_from(CROP_ASPECTS)),
         crop_style=draw(st.sampled_from(CROP_STYLES)),
         crop_aspect_buckets=draw(
-            st.lists(st.tuples(st.floats(0.1, 10), st.just(1.0) | shares), min_size=1, max_size=3).map(tuple)
+            st.lists(st.tuples(st.floats(0.1, 10), st.just(1.0) | shares), min_size=1, max_size=3)
+            .filter(lambda aspects: any(weight for _, weight in aspects))
+            .map(tuple)
         ),
         minimum_image_size=draw(sizes | st.just(0)),
         maximum_image_size=largest,

@@ -52,6 +52,14 @@ SETTINGS = TrainSettings(
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_noticed():
+    """A process that was started in the background ignores SIGINT until it is told otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory):
     return tiny.caches(tmp_path_factory.mktemp("caches"))
