@@ -49,21 +49,20 @@ def test_plugin_loads_without_a_word(server):
     # torchaudio is not installed: two audio nodes of ComfyUI's own stay away
     assert failed <= {"IMPORT FAILED: nodes_audio.py", "IMPORT FAILED: nodes_audio_encoder.py"}
     assert not [line for line in log.splitlines() if 'File "' in line and "custom_nodes/lumina2-trainer" in line]
-    line = next(line for line in log.splitlines() if line.endswith("custom_nodes/lumina2-trainer"))
-    assert float(line.split()[0]) <= 0.2
+    assert any(line.endswith("custom_nodes/lumina2-trainer") for line in log.splitlines())
 
 
 def test_importing_the_plugin_loads_nothing_new(tmp_path):
-    """As ComfyUI's loader does it, after ComfyUI's own modules: only our own and comfy_api may come."""
+    """As ComfyUI's loader does it, after ComfyUI's own modules: only our own and comfy_api may come, and quickly."""
     program = f"""
-import asyncio, importlib.util, json, sys
+import asyncio, importlib.util, json, sys, time
 sys.argv = ["main.py", "--cpu", "--base-directory", {str(tmp_path)!r}]
 import comfy.options
 comfy.options.enable_args_parsing()
 import utils.extra_config
 import nodes, server, execution
 asyncio.run(nodes.init_builtin_extra_nodes())
-before = set(sys.modules)
+before, comfyui_s = set(sys.modules), time.process_time()
 spec = importlib.util.spec_from_file_location(
     "pack", {str(ROOT / "__init__.py")!r}, submodule_search_locations=[{str(ROOT)!r}]
 )
@@ -72,7 +71,8 @@ sys.modules["pack"] = module
 spec.loader.exec_module(module)
 extension = asyncio.run(module.comfy_entrypoint())
 asyncio.run(extension.get_node_list())
-print(json.dumps(sorted(set(sys.modules) - before)))
+share = (time.process_time() - comfyui_s) / comfyui_s
+print(json.dumps([share, *sorted(set(sys.modules) - before)]))
 """
     comfyui = Path(os.environ["COMFYUI_PATH"])
     for name in ("custom_nodes", "input", "output", "user", "models"):
@@ -86,7 +86,8 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         check=False,
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
-    new = json.loads(answer.stdout.splitlines()[-1])
+    share, *new = json.loads(answer.stdout.splitlines()[-1])
+    assert share <= 0.1  # of what ComfyUI itself takes
     assert [name for name in new if name.split(".")[0] not in ("pack", "comfy_api")] == []
     assert "pack.nodes.train" in new
 
