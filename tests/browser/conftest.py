@@ -1,8 +1,11 @@
 """The real ComfyUI page in a real Chromium."""
 
 import os
+from io import BytesIO
+from pathlib import Path
 
 import pytest
+from PIL import Image, ImageDraw
 from playwright.sync_api import sync_playwright
 
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
@@ -57,3 +60,39 @@ def load_template():
         page.wait_for_function("app.graph._nodes.length > 10", timeout=LOADED_S * 1000)
 
     return load_template
+
+
+@pytest.fixture(scope="session")
+def sheet():
+    """Takes pictures of all panels on a page as a row; at the end all rows are one picture, where some are wanted."""
+    rows = {}
+
+    def add(page, row):
+        if os.environ.get("LUMINA2_SHOTS"):
+            panels = [
+                panel for panel in page.locator(".lumina2-panel:not(.lumina2-dataset)").all() if panel.is_visible()
+            ]
+            taken = [Image.open(BytesIO(panel.screenshot())).convert("RGB") for panel in panels]
+            rows.setdefault(row, []).extend(taken)
+
+    yield add
+    if rows:
+        contact_sheet(rows).save(Path(os.environ["LUMINA2_SHOTS"], "panel-states.jpg"), quality=85)
+
+
+def contact_sheet(rows, width=360, label=18):
+    """Rows of pictures of one width, each with its name above."""
+    scaled = {
+        name: [each.resize((width, round(each.height * width / each.width))) for each in taken]
+        for name, taken in rows.items()
+    }
+    heights = [max(each.height for each in taken) + label for taken in scaled.values()]
+    columns = max(map(len, scaled.values()))
+    drawn = Image.new("RGB", (columns * (width + 8), sum(heights) + 8 * len(heights)), "#808080")
+    top = 0
+    for (name, taken), height in zip(scaled.items(), heights, strict=True):
+        ImageDraw.Draw(drawn).text((4, top + 3), name, fill="white")
+        for column, each in enumerate(taken):
+            drawn.paste(each, (column * (width + 8), top + label))
+        top += height + 8
+    return drawn

@@ -81,14 +81,14 @@ def test_what_every_page_loads_is_small():
         assert sum(size for path, size in sizes.items() if path.name.endswith(ending)) <= most
 
 
-def test_a_training_is_watched_reloaded_stopped_and_continued(open_page, load_template, server):
+def test_a_training_is_watched_reloaded_stopped_and_continued(open_page, load_template, server, sheet):
     page = open_page(**{"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"})
     load_template(page)
     train(page, run_name="watched")
     look_at_train_node(page)
     says(page, "≈ new")
     says(page, "Needs ≈")
-    shot(page, "panel-idle-classic")
+    sheet(page, "while it trains")
     before = {url for url in page.scripts if "/lumina2-trainer/js/" in url}
     assert sum(url.endswith(".js") for url in before) == 1
     page.evaluate("app.queuePrompt(0, 1)")
@@ -99,23 +99,26 @@ def test_a_training_is_watched_reloaded_stopped_and_continued(open_page, load_te
         f"(seen) => Number({PANEL}.innerText.match(/(\\d+)\\/100000/)[1]) > seen", arg=seen, timeout=WAIT_MS
     )
     page.wait_for_function(f"{PANEL}.querySelector('.lumina2-chart-empty').hidden", timeout=WAIT_MS)
-    shot(page, "panel-training-classic")
+    sheet(page, "while it trains")
 
     press(page, "Pause")
     says(page, "Paused")
-    shot(page, "panel-paused-classic")
+    sheet(page, "while it trains")
     press(page, "Sample now")
-    shot(page, "panel-prompt-classic")
+    sheet(page, "while it trains")
     prompt = page.locator(".lumina2-drawer input")
     assert prompt.is_disabled(), "no CLIP is wired: a typed prompt could not be read"
     page.locator(".lumina2-drawer").get_by_role("button", name="Draw").click()
     page.locator(".lumina2-panel .lumina2-strip img").first.wait_for(timeout=WAIT_MS)
-    shot(page, "panel-samples-classic")
+    sheet(page, "while it trains")
     page.locator(".lumina2-panel .lumina2-thumb").first.click()
     page.locator(".lumina2-viewer img").first.wait_for()
     shot(page, "viewer")
     page.keyboard.press("Escape")
     assert page.locator(".lumina2-viewer").count() == 0
+    press(page, "⋯")
+    sheet(page, "while it trains")
+    press(page, "⋯")
     press(page, "Go on")
     says(page, "Training")
 
@@ -133,7 +136,7 @@ def test_a_training_is_watched_reloaded_stopped_and_continued(open_page, load_te
     page.evaluate("async (graph) => await app.loadGraphData(graph)", saved)
     look_at_train_node(page)
     says(page, "Training")
-    shot(page, "panel-reloaded-classic")
+    sheet(page, "while it trains")
 
     press(page, "Stop & keep")
     says(page, "Stopped and kept")
@@ -141,7 +144,7 @@ def test_a_training_is_watched_reloaded_stopped_and_continued(open_page, load_te
     kept = run_json(server, "watched")
     assert kept["status"] == "stopped"
     assert steps_shown(page) == kept["step"]
-    shot(page, "panel-stopped-classic")
+    sheet(page, "while it trains")
     page.wait_for_timeout(1500)
 
     page.evaluate(
@@ -160,7 +163,7 @@ def test_a_training_is_watched_reloaded_stopped_and_continued(open_page, load_te
                && node.widgets[0].value === 'lumina2/watched.safetensors')""",
         timeout=WAIT_MS,
     )
-    shot(page, "panel-finished-classic")
+    sheet(page, "while it trains")
     assert ours(page) == []
 
 
@@ -207,24 +210,27 @@ STATES = {
     [(False, "en", "dark"), (False, "zh", "light"), (True, "zh", "dark"), (True, "en", "light")],
     ids=["classic en dark", "classic zh light", "Nodes 2.0 zh dark", "Nodes 2.0 en light"],
 )
-def test_every_state_has_its_sentence_after_a_reload(open_page, server, vue, locale, theme):
+def test_every_state_has_its_sentence_after_a_reload(open_page, server, sheet, vue, locale, theme):
     for status in ("finished", "stopped", "interrupted", "failed"):
         step = 300 if status == "finished" else 230
         write_run(server, status, status, step, message=FULL_DISK if status == "failed" else "")
-    palette = {"Comfy.ColorPalette": theme}
+    palette = {"Comfy.ColorPalette": theme, "Comfy.Minimap.Visible": False}
     page = open_page(**{"Comfy.VueNodes.Enabled": vue, "Comfy.Locale": locale, **palette})
+    page.set_viewport_size({"width": 2600, "height": 900})
     page.evaluate(
-        """(names) => {
+        """async (names) => {
             app.graph.clear()
             names.forEach((name, i) => {
                 const node = LiteGraph.createNode('TrainLumina2LoRA')
-                node.pos = [(i % 3) * 460, Math.floor(i / 3) * 760]
-                app.graph.add(node)
-                node.setSize([400, node.computeSize()[1]])
                 node.widgets.find(widget => widget.name === 'run_name').value = name
+                node.pos = [i * 390, 0]
+                app.graph.add(node)
+                node.setSize([380, node.computeSize()[1]])
             })
-            app.canvas.ds.scale = 0.72
-            app.canvas.ds.offset = [110, 90]
+            await app.loadGraphData(app.graph.serialize())
+            const [first] = app.graph._nodes
+            app.canvas.ds.scale = 1 / Math.max(1, first.size[0] / 380)
+            app.canvas.ds.offset = [90 - first.pos[0], 130 - first.pos[1]]
             app.canvas.setDirty(true, true)
         }""",
         list(STATES),
@@ -240,7 +246,14 @@ def test_every_state_has_its_sentence_after_a_reload(open_page, server, vue, loc
     heights = page.evaluate("[...document.querySelectorAll('.lumina2-panel')].map(panel => panel.offsetHeight)")
     assert len(heights) == len(STATES)
     assert min(heights) >= 260, "also where the frontend ignores the widget's own minimum"
+    row = f"{'Nodes 2.0' if vue else 'classic'}, {locale}, {theme}"
+    unnamed = page.evaluate(
+        """[...document.querySelectorAll('.lumina2-panel :is(button, input, canvas, img)')].filter(element =>
+               !(element.ariaLabel || element.alt || element.textContent.trim())).map(element => element.outerHTML)"""
+    )
+    assert unnamed == [], "screen readers would not know what these are"
     page.wait_for_timeout(1500)
+    sheet(page, row)
     shot(page, f"states-{'vue' if vue else 'classic'}-{locale}-{theme}")
     server.ask("/settings/Comfy.ColorPalette", "dark")
     assert ours(page) == []
@@ -348,3 +361,22 @@ def test_folders_are_offered_where_they_are_typed(open_page, load_template, serv
         "app.graph._nodes.find(n => n.type === 'Lumina2LoadDataset').widgets[0].value === 'holiday photos'",
         timeout=WAIT_MS,
     )
+
+
+def test_what_a_dataset_gave_stands_on_its_node(open_page, load_template):
+    page = open_page(**{"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"})
+    load_template(page)
+    train(page, run_name="looked at", steps=2)
+    page.evaluate("app.queuePrompt(0, 1)")
+    page.wait_for_function(
+        "document.querySelector('.lumina2-dataset')?.innerText.includes('16 pictures, 1 buckets')", timeout=WAIT_MS
+    )
+    assert page.locator(".lumina2-dataset img").count() == 6
+    page.evaluate(
+        """() => {
+            app.canvas.ds.scale = 1.2
+            app.canvas.centerOnNode(app.graph._nodes.find(node => node.type === 'Lumina2LoadDataset'))
+        }"""
+    )
+    shot(page, "dataset-classic")
+    assert ours(page) == []

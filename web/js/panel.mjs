@@ -302,7 +302,11 @@ class Panel {
   }
 
   detail(state, now) {
-    if (state === "waiting" || state === "idle") return this.planned?.does === "refused" ? this.planned.why : "";
+    if (state === "waiting" || state === "idle") {
+      if (this.planned?.does === "refused") return this.planned.why;
+      const rate = this.planned?.over?.learning_rate ?? widgetOf(this.node, "learning_rate")?.value;
+      return rate ? `${say("lr")} ${number(rate)}` : ""; // Nodes 2.0 of 2025 writes 0.0001 as 0
+    }
     if (state === "caching") {
       const { began, now: at, done, all, from } = this.preparing;
       const left = done > from ? ((at - began) / 1000 / (done - from)) * (all - done) : undefined;
