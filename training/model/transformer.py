@@ -28,6 +28,7 @@ from .config import TransformerConfig
 from .fused import add_normed, norm_gain, split_heads, swiglu
 from .linear import Linear, computed_in
 from .packing import Spans, interleave, last_rows, pack
+from .swap import BlockSwap, Copies, CudaCopies
 
 _KEPT = {  # what selective checkpointing does not compute again: the products
     getattr(torch.ops.aten, name).default
@@ -136,6 +137,7 @@ class Lumina2Transformer(nn.Module):
         checkpoint_every: blocks' activations are computed again in the backward pass, of every n-th block; 0: of none.
         checkpoint_selective: of those blocks the matrix products are kept, and only the rest is computed again.
         checkpoint_offload: what is kept for the backward pass waits in the CPU's memory.
+        swap: what brings the weights of some blocks when their turn comes: see ``swap_blocks``.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -143,6 +145,7 @@ class Lumina2Transformer(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.checkpoint_every, self.checkpoint_selective, self.checkpoint_offload = 0, False, False
+        self.swap: BlockSwap | None = None
         self.x_embedder = Linear(config.patch**2 * config.channels, config.dim)
         self.noise_refiner = nn.ModuleList(Block(config) for _ in range(config.refiner_layers))
         self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(config.refiner_layers))
@@ -185,6 +188,21 @@ class Lumina2Transformer(nn.Module):
         """Fuse the elementwise work of each block, without breaks in its graph; sizes may change."""
         for block in (*self.noise_refiner, *self.context_refiner, *self.layers):
             block.compile(dynamic=True, fullgraph=True)
+
+    def swap_blocks(self, count: int, copies: Copies | None = None) -> int:
+        """Have the frozen weights of the last main blocks wait in the CPU's memory.
+
+        Args:
+            copies: how they come to the device; by default as quickly as it can.
+
+        Returns:
+            How many blocks do.
+        """
+        device = self.final_layer.linear.weight.device
+        chosen = self.layers[max(len(self.layers) - count, 0) :]
+        copies = copies or (CudaCopies if device.type == "cuda" else Copies)(device)
+        self.swap = BlockSwap(list(chosen), copies)
+        return len(chosen)
 
     def forward(self, latents: Tensor, t: Tensor, captions: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """The velocity ``z - ε``.
@@ -248,6 +266,16 @@ class Lumina2Transformer(nn.Module):
         return text.to(device), image.to(device), torch.cat(tables).to(device)
 
     def _run(
+        self, number: int, block: nn.Module, x: Tensor, turns: Tensor, spans: Spans, time: Tensor | None
+    ) -> Tensor:
+        if self.swap is None:
+            return self._checkpointed(number, block, x, turns, spans, time)
+        self.swap.enter(block)
+        out = self._checkpointed(number, block, x, turns, spans, time)
+        self.swap.leave(block, out)
+        return out
+
+    def _checkpointed(
         self, number: int, block: nn.Module, x: Tensor, turns: Tensor, spans: Spans, time: Tensor | None
     ) -> Tensor:
         every = self.checkpoint_every

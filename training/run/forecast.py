@@ -22,6 +22,7 @@ from ..config.precision import PrecisionSettings
 from ..errors import SettingError
 from ..model.config import TransformerConfig
 from ..model.quantise import Int4Linear, is_quantised
+from ..model.swap import SLOTS
 from ..model.transformer import Lumina2Transformer
 from ..optim.low_bit import SLICE
 
@@ -262,8 +263,8 @@ def forecast(
     every = precision.checkpoint_every(
         parameters + (measured.trained // measured.trained_bytes if measured.full else 0)
     )
-    swapped = min(precision.musubi_blocks_to_swap, config.layers) if on_gpu else 0
-    here = {n: s for n, s in measured.frozen.items() if not _is_swapped(n, config.layers, swapped)}
+    away = min(precision.musubi_blocks_to_swap, config.layers) - SLOTS if on_gpu else 0
+    here = {n: s for n, s in measured.frozen.items() if not _is_away(n, config.layers, max(away, 0))}
     weights = weight_bytes(here, precision.base_model_precision, measured.stored)
     states = measured.trained / measured.trained_bytes * state_bytes(optimizer, measured.trained_bytes)
 
@@ -277,7 +278,7 @@ def forecast(
             costs.append(replace(cost, kept=0, work=cost.work + cost.kept) if offloaded else cost)
             gradients.append(0 if fused_backward else own)
     fixed = again.fixed
-    if measured.computed == measured.stored and (precision.quantised or swapped):  # one weight is read at a time
+    if measured.computed == measured.stored and precision.quantised:  # one weight is read at a time
         largest = max((torch.Size(dims).numel() for dims in measured.frozen.values()), default=0)
         fixed += largest * measured.computed.itemsize
     at_once = min(measured.largest_trained, SLICE) if optimizer.startswith("ao-") else measured.largest_trained
@@ -373,10 +374,10 @@ PRESETS: dict[int, Preset] = {
 }
 
 
-def _is_swapped(name: str, layers: int, swapped: int) -> bool:
-    """The last blocks' products; norms are small and stay."""
+def _is_away(name: str, layers: int, away: int) -> bool:
+    """Of so many main blocks the linear layers, which wait in the CPU's memory; norms are small and stay."""
     stack, _, rest = name.partition(".")
-    return stack == "layers" and int(rest.partition(".")[0]) >= layers - swapped and "norm" not in rest
+    return stack == "layers" and int(rest.partition(".")[0]) >= layers - away and "norm" not in rest
 
 
 def _kinds(stacks: list[list[nn.Module]]) -> list[list[tuple[object, ...]]]:

@@ -295,11 +295,6 @@ def _prepare(
     """The transformer made ready to be trained, in place, and what the user is told of it."""
     precision = settings.precision
     device = transformer.final_layer.linear.weight.device
-    if precision.musubi_blocks_to_swap:
-        raise SettingError(
-            f"musubi_blocks_to_swap is {precision.musubi_blocks_to_swap}, but blocks are not swapped yet. Set it to 0, "
-            "and base_model_precision to int8-torchao, which saves as much."
-        )
     computing = choose_computing(precision, device)
     adapter = add_adapter(transformer, settings.adapter, settings.seed)
     if precision.quantised:
@@ -312,10 +307,21 @@ def _prepare(
     if precision.torch_compile:
         transformer.compile_blocks()
     said = [adapter.describe(), *computing.notes]
+    if precision.musubi_blocks_to_swap:
+        said.append(_swap_blocks(transformer, precision.musubi_blocks_to_swap))
     shards = Shards(transformer, adapter, processes) if isinstance(adapter, Full) and processes.count > 1 else None
     state = new_state(adapter, settings, computing.loss_scaling)
     state.shards = shards
     return state, said
+
+
+def _swap_blocks(transformer: Lumina2Transformer, count: int) -> str:
+    """Frozen weights of blocks put into the CPU's memory, and what the user is told of it."""
+    device = transformer.final_layer.linear.weight.device
+    if device.type == "cpu":
+        return "musubi_blocks_to_swap changes nothing on a CPU, whose memory the weights are in already"
+    swapped = transformer.swap_blocks(count)
+    return f"the weights of {swapped} blocks wait in the CPU's memory, and those of 2 at a time are on {device}"
 
 
 def _caption_side(transformer: Lumina2Transformer) -> str:
