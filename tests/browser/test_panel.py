@@ -367,16 +367,15 @@ def test_what_a_dataset_gave_stands_on_its_node(open_page, load_template):
     page = open_page(**{"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"})
     load_template(page)
     train(page, run_name="looked at", steps=2)
-    page.evaluate("app.queuePrompt(0, 1)")
-    page.wait_for_function(
-        "document.querySelector('.lumina2-dataset')?.innerText.includes('16 pictures, 1 buckets')", timeout=WAIT_MS
-    )
-    assert page.locator(".lumina2-dataset img").count() == 6
     page.evaluate(
         """() => {
-            app.canvas.ds.scale = 1.2
+            app.canvas.ds.scale = 1
             app.canvas.centerOnNode(app.graph._nodes.find(node => node.type === 'Lumina2LoadDataset'))
+            app.queuePrompt(0, 1)
         }"""
     )
+    shown = page.locator(".lumina2-dataset")
+    shown.get_by_text("pictures: 16 · buckets: 1").wait_for(timeout=WAIT_MS)
+    assert shown.locator("img").count() == 6
     shot(page, "dataset-classic")
     assert ours(page) == []

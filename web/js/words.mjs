@@ -86,8 +86,8 @@ const WORDS = {
   before_after: ["Before | after", "训练前 | 训练后"],
   score: ["CLIP {n}", "CLIP {n}"],
 
-  counts: ["{pictures} pictures, {buckets} buckets", "{pictures} 张图片，{buckets} 个分桶"],
-  problems: ["{n} problems", "{n} 个问题"],
+  counts: ["pictures: {pictures} · buckets: {buckets}", "图片：{pictures} · 分桶：{buckets}"],
+  problems: ["problems: {n}", "问题：{n}"],
   enlarged: [
     "{n} pictures are smaller than the resolution and are enlarged. Choose a lower resolution, or larger pictures.",
     "{n} 张图片小于训练分辨率，会被放大。请降低分辨率，或使用更大的图片。",
