@@ -314,6 +314,7 @@ def test_nodes_2_a_subgraph_and_chinese(open_page, load_template, server):
         }"""
     )
     look_at_train_node(page)
+    says(page, "≈ 新任务")
     page.evaluate("app.queuePrompt(0, 1)")
     says(page, "训练中")
     page.wait_for_function(f"/[1-9]\\d+\\/100000/.test({PANEL}.innerText)", timeout=WAIT_MS)

@@ -6,6 +6,7 @@ import { ask } from "./runs.mjs";
 const CHAIN = 24; // nodes that are followed
 const MUTED = 2;
 const BYPASSED = 4;
+const SUBGRAPH_INPUT = -10; // where a wire begins that comes from outside of its subgraph
 const LOADER = "LoraLoaderModelOnly";
 
 const root = () => app.rootGraph ?? app.graph.rootGraph ?? app.graph;
@@ -23,11 +24,14 @@ export const idsOf = (node) => [...everyNode()].filter(([, each]) => each === no
 
 function origin(node, slot) {
   const graph = node.graph;
-  const id = node.inputs[slot].link;
-  const link = graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id];
+  const id = node.inputs[slot]?.link;
+  const link = id == null ? null : (graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id]);
+  if (link?.origin_id === SUBGRAPH_INPUT) {
+    const around = [...everyNode()].find(([, each]) => each.subgraph === graph)?.[1];
+    return around ? origin(around, link.origin_slot) : null;
+  }
   const found = link && graph.getNodeById(link.origin_id);
-  if (found?.type === "Reroute" && found.inputs?.length) return found.inputs[0].link == null ? null : origin(found, 0);
-  return found ?? null;
+  return found?.type === "Reroute" ? origin(found, 0) : (found ?? null);
 }
 
 /** A node as the server wants it: type, widgets, and the nodes behind its inputs; null where a wire can't be followed. */

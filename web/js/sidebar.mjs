@@ -43,6 +43,7 @@ class Sidebar {
     style();
     this.element = make("div.sidebar");
     element.replaceChildren(this.element);
+    element.style.height = "100%";
     this.search = "";
     this.comparing = false;
     this.chosen = [];
@@ -420,7 +421,7 @@ function plots(host, colours) {
       const known = lines.some((line) => line.ys.some((value) => Number.isFinite(value)));
       boxes[name].hidden = !known && name !== "loss";
       charts[name].show(lines, { ...options, log: options.log && ["loss", "grad_norm", "parts"].includes(name), clip: options.clip && name !== "lr" });
-      const keys = lines.length > 1 ? lines : [];
+      const keys = lines.length > 1 ? lines.filter((line) => !line.dotted || runs.length === 1) : [];
       boxes[name].querySelector("p > span:last-child").replaceChildren(
         ...keys.map((line) => {
           const key = make("span.key", {}, ` ${line.label} `);
