@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -296,3 +297,17 @@ def test_the_last_events_are_read_without_the_rest(tmp_path):
     assert found[-1]["step"] == 3000
     assert 100 < len(found) < 1000
     assert last_events(tmp_path / "none") == []
+
+
+def test_the_page_says_everything_in_both_languages():
+    folder = Path(__file__).resolve().parents[2] / "web" / "js"
+    scripts = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.mjs")}
+    block = scripts["words.mjs"].partition("const WORDS = {")[2].partition("\n};")[0]
+    words = re.findall(r'(\w+): \[\s*"((?:[^"\\]|\\.)+)",\s*"((?:[^"\\]|\\.)+)",?\s*\]', block)
+    assert len(words) == len(re.findall(r"^  \w+: \[", block, re.MULTILINE)), "each has two texts"
+    for key, english, chinese in words:
+        assert set(re.findall(r"\{\w+\}", english)) == set(re.findall(r"\{\w+\}", chinese)), key
+    known, text = {key for key, *_ in words}, "\n".join(scripts.values())
+    assert set(re.findall(r'\bsay\("(\w+)"', text)) <= known
+    unused = {key for key in known if not re.search(rf'"{key}"|\b{key}:', text.replace(block, ""))}
+    assert unused == set()

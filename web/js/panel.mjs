@@ -368,7 +368,7 @@ class Panel {
             })
           : null,
         trained ? button("", () => copy(file), { tip: say("copy_name"), kind: "small", icon: "copy", where }) : null,
-        button("", () => this.startOver(), { tip: say("again_tip"), kind: "small", icon: "replay", where }),
+        button("", () => this.startOver(), { tip: `${say("again")}: ${say("again_tip")}`, kind: "small", icon: "replay", where }),
       ].filter(Boolean);
     } else if (state === "failed") shown = [button(say("copy"), () => copy(this.error), { where })];
     this.buttons.replaceChildren(...shown, open);

@@ -75,7 +75,6 @@ const WORDS = {
   s_it: ["{n} s/it", "{n} 秒/步"],
   left: ["{t} left", "剩余 {t}"],
   loss: ["loss", "损失"],
-  avg: ["avg", "平均"],
   eval: ["held-out loss", "验证损失"],
   lr: ["learning rate", "学习率"],
   grad_norm: ["gradient norm", "梯度范数"],
