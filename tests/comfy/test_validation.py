@@ -49,15 +49,15 @@ def report_of(server, graph, name):
 @pytest.fixture(scope="module")
 def trained(server):
     """The server, in which a run was trained with validation."""
-    graph = workflow("watched", steps=8, vae=["model", 2], clip=["model", 1])
+    graph = workflow("validated", steps=8, vae=["model", 2], clip=["model", 1])
     graph["validation"] = validation_settings(validation_prompt_library=False)
     graph["texts"]["inputs"]["validation"] = ["validation", 0]
-    server.run({**graph, **saved("watched samples", ["train", 4])})
+    server.run({**graph, **saved("validated samples", ["train", 4])})
     return server
 
 
 def run_folder(server):
-    return server.base / "output" / "lumina2" / "watched"
+    return server.base / "output" / "lumina2" / "validated"
 
 
 def png(path):
@@ -73,9 +73,9 @@ def test_a_run_draws_while_it_trains_as_ksampler_does(trained):
     drawn = sorted(path.relative_to(run_folder(trained)).as_posix() for path in run_folder(trained).rglob("*.png"))
     names = ["validation-0.png", "validation-2-0.png"]
     assert drawn == [f"samples/step-{step}/{name}" for step in (0, 4, 8) for name in names]
-    lora = {"loaded": node("LoraLoaderModelOnly", model=["model", 0], lora_name="lumina2/watched.safetensors",
+    lora = {"loaded": node("LoraLoaderModelOnly", model=["model", 0], lora_name="lumina2/validated.safetensors",
                            strength_model=1.0)}  # fmt: skip
-    graph = {**workflow("watched", steps=8), **lora}
+    graph = {**workflow("validated", steps=8), **lora}
     for name, model in (("base chain", ["model", 0]), ("trained chain", ["loaded", 0])):
         graph |= sampled(name, model)
         graph[f"{name} sampler"]["inputs"] |= {"steps": 5}
@@ -88,7 +88,7 @@ def test_a_run_draws_while_it_trains_as_ksampler_does(trained):
         assert difference(png(run_folder(trained) / f"samples/step-{step}/validation-0.png"), chain) < 1
     assert difference(pictures(trained, "base chain")[0], pictures(trained, "trained chain")[0]) > 2
     assert np.array_equal(
-        pictures(trained, "watched samples")[0], png(run_folder(trained) / "samples/step-8/validation-0.png")
+        pictures(trained, "validated samples")[0], png(run_folder(trained) / "samples/step-8/validation-0.png")
     )
 
 
@@ -98,7 +98,7 @@ def test_the_log_tells_the_pictures_and_their_distances(trained):
     assert [event["step"] for event in told] == [0, 4, 8]
     assert all(set(event["scores"]) == {"nearest_training", "diversity"} for event in told)
     assert [sample["prompt"] for sample in told[-1]["samples"]] == ["red apple", "blue heart"]
-    assert run_json(trained, "watched")["status"] == "finished"
+    assert run_json(trained, "validated")["status"] == "finished"
 
 
 @pytest.mark.parametrize(("sampler", "scheduler"), SAMPLERS)
@@ -107,12 +107,12 @@ def test_validate_sample_draws_ksamplers_pixels(trained, sampler, scheduler):
     graph = {
         "model": workflow()["model"],
         "loaded": node(
-            "LoraLoaderModelOnly", model=["model", 0], lora_name="lumina2/watched.safetensors", strength_model=0.7
+            "LoraLoaderModelOnly", model=["model", 0], lora_name="lumina2/validated.safetensors", strength_model=0.7
         ),
         **sampled(f"{name} base", ["model", 0]),
         **sampled(f"{name} lora", ["loaded", 0]),
         "draw": validate_sample(
-            lora="lumina2/watched.safetensors", strengths="0, 0.7", sampler_name=sampler, scheduler=scheduler
+            lora="lumina2/validated.safetensors", strengths="0, 0.7", sampler_name=sampler, scheduler=scheduler
         ),
         **saved(name + " ours", ["draw", 0]),
     }
@@ -127,22 +127,22 @@ def test_validate_sample_draws_ksamplers_pixels(trained, sampler, scheduler):
 
 def test_several_loras_checkpoints_seeds_and_prompts_stand_side_by_side(trained):
     loras = trained.base / "models" / "loras" / "lumina2"
-    with safe_open(loras / "watched.safetensors", framework="pt") as file:
+    with safe_open(loras / "validated.safetensors", framework="pt") as file:
         metadata = file.metadata()
-    weights = load_file(loras / "watched.safetensors")
+    weights = load_file(loras / "validated.safetensors")
     stronger = {key: 3 * weight if "lora_B" in key else weight for key, weight in weights.items()}
     save_file(stronger, loras / "stronger.safetensors", metadata)
     graph = {
         "model": workflow()["model"],
         "draw": validate_sample(
             prompts="red apple\nblue heart",
-            lora="watched/checkpoint-8, lumina2/stronger.safetensors",
+            lora="validated/checkpoint-8, lumina2/stronger.safetensors",
             strengths="0, 1",
             images_per_prompt=2,
         ),
     }
     report = report_of(trained, graph, "sheet")
-    labels = ["base model", "watched/checkpoint-8 at 1", "lumina2/stronger at 1"]
+    labels = ["base model", "validated/checkpoint-8 at 1", "lumina2/stronger at 1"]
     assert [column["label"] for column in report["columns"]] == labels
     assert [column["strength"] for column in report["columns"]] == [0, 1, 1]
     drawn = pictures(trained, "sheet")
@@ -194,7 +194,7 @@ def test_validation_settings_win_over_the_widgets_and_each_kind_of_guidance_acts
     [
         ({"prompts": " \n"}, "prompts is empty"),
         ({"strengths": "much"}, "write numbers by commas"),
-        ({"lora": "watched/checkpoint-999"}, "There is no LoRA of 'watched/checkpoint-999'"),
+        ({"lora": "validated/checkpoint-999"}, "There is no LoRA of 'validated/checkpoint-999'"),
         ({"lora": "../checkpoint-8"}, "There is no LoRA"),
         ({"lora": "lumina2/no.safetensors"}, "There is no LoRA 'lumina2/no.safetensors'"),
         ({"clip_score_model": "/no/such/clip"}, "There is no CLIP at '/no/such/clip'"),
