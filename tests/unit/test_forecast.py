@@ -132,6 +132,17 @@ def test_tensors_without_memory_are_counted_like_real_ones():
     assert real_peak(*of, memory_less=False) == pytest.approx(real_peak(*of), rel=0.02)
 
 
+@pytest.mark.parametrize("adapt", [lora, everything])
+def test_a_large_batch_is_told_without_being_measured(adapt, monkeypatch):
+    told = measure(SMALL, replace(SMALL_BATCH, batch=20), adapt, BF16, FP32)
+    monkeypatch.setattr("training.run.forecast.MEASURED_BATCH", 20)
+    measured = measure(SMALL, replace(SMALL_BATCH, batch=20), adapt, BF16, FP32)
+    for checkpointing in (True, False):
+        precision = PrecisionSettings(gradient_checkpointing=checkpointing)
+        expected = forecast(measured, precision, process=0).activations
+        assert forecast(told, precision, process=0).activations == pytest.approx(expected, rel=1e-3)
+
+
 def test_measuring_leaves_no_trace_in_the_thread_that_asks():
     release_scratch()
     first, second = (

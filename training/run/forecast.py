@@ -34,6 +34,8 @@ ENCODING_PROCESS = 600 * 10**6  # with transformers and diffusers, and what one 
 CUDA_CONTEXT = 500 * 10**6  # not measured on CUDA: what nvidia-smi shows of a process that did nothing, typically
 CUDA_SLACK = 0.08  # not measured on CUDA: share of the activations that its allocator loses to fragmentation
 
+# Samples of the largest batch that is measured; from half of it on, memory grows evenly, and time would, too.
+MEASURED_BATCH = 8
 STACKS = ("context_refiner", "noise_refiner", "layers")  # in the order in which they run
 
 # Bytes of state for each trained parameter, where one takes `size` bytes; 8 bits have one fp32 scale per 256.
@@ -221,10 +223,15 @@ def measure(
 
     found: dict[str, Pass] = {}
 
+    def take_step(way: str, batch: int) -> Pass:
+        return _pass(transformer, replace(shape, batch=batch), kinds, way, stored, computed, full)
+
     def run() -> None:  # in a thread of its own, whose scratch memory is not that of a training
         with FakeTensorMode():
             for way in ways:
-                found[way] = _pass(transformer, shape, kinds, way, stored, computed, full)
+                found[way] = take_step(way, min(shape.batch, MEASURED_BATCH))
+                if shape.batch > MEASURED_BATCH:
+                    found[way] = _of_batch(shape.batch, take_step(way, MEASURED_BATCH // 2), found[way])
 
     _in_a_thread(run)
     return Measured(
@@ -442,6 +449,20 @@ def _pass(
         by_kind.append(tuple(costs[start + order.index(kind)] for kind in stack))
         start += len(order)
     return Pass(tuple(by_kind), gauge.after - sum(cost.kept for cost in costs) + given, gauge.head)
+
+
+def _of_batch(batch: int, half: Pass, most: Pass) -> Pass:
+    """A pass of more samples than were measured, on the line through ``MEASURED_BATCH`` and half as many."""
+    times = (batch - MEASURED_BATCH) / (MEASURED_BATCH / 2)
+
+    def grown(half: int, most: int) -> int:
+        return round(most + times * (most - half))
+
+    costs = tuple(
+        tuple(Cost(grown(a.kept, b.kept), grown(a.work, b.work)) for a, b in zip(*stacks, strict=True))
+        for stacks in zip(half.costs, most.costs, strict=True)
+    )
+    return Pass(costs, grown(half.fixed, most.fixed), grown(half.head, most.head))
 
 
 class _Gauge:
