@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -227,8 +228,9 @@ class Lumina2LoadDataset(io.ComfyNode):
         is_regularisation_data: bool = False,
         **values: Any,
     ) -> io.NodeOutput:
-        values |= {"probability": probability, "is_regularisation_data": is_regularisation_data}
-        settings = dataset_settings(folder, **values, **dict(default_options()) | dict(options))
+        settings = folder_settings(
+            folder, options, probability=probability, is_regularisation_data=is_regularisation_data, **values
+        )
         return load_parts(cls.hidden.unique_id, (settings,), dataset)
 
 
@@ -279,7 +281,7 @@ class Lumina2LoadDatasetConfig(io.ComfyNode):
         if not file or not file.strip():
             return float("nan")
         try:
-            settings = _configured(file)[0]
+            settings = configured(file)[0]
             pictures = [open_source(one, cache_root() / "images").fingerprint() for one in settings]
             return " ".join([*pictures, repr(settings)])
         except Lumina2Error:
@@ -287,7 +289,7 @@ class Lumina2LoadDatasetConfig(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, dataset: Dataset | None = None) -> io.NodeOutput:
-        settings, notes = _configured(file)
+        settings, notes = configured(file)
         read = load_parts(cls.hidden.unique_id, settings, dataset)
         loaded = read[0]
         report = [*notes, *(line for one in loaded.reports for line in one.lines())]
@@ -299,25 +301,31 @@ def load_parts(
 ) -> io.NodeOutput:
     """The datasets, behind those that came before, with progress and a line on the node."""
     progress = Progress(node_id)
+    found = read_parts(
+        settings, before, lambda done, total: progress.step(done, f"reading picture {done} of {total}", total)
+    )
+    progress.say("; ".join(report.lines()[0] + _problems(report.problems) for report in found.reports))
+    return io.NodeOutput(found, ui={"lumina2_dataset": [glimpse(found)]})
+
+
+def read_parts(
+    settings: tuple[DatasetSettings, ...], before: Dataset | None, on_picture: Callable[[int, int], None]
+) -> Dataset:
+    """The datasets, behind those that came before. Raises SettingError where there are none."""
     found = before
     for one in settings:
-        loaded = load_dataset(
-            one,
-            cache_root(),
-            lambda done, total: progress.step(done, f"reading picture {done} of {total}", total),
-        )
+        loaded = load_dataset(one, cache_root(), on_picture)
         found = append(found, loaded) if found else loaded
     if found is None:
         raise SettingError("No dataset is enabled in this file. Remove disabled from one of them.")
-    progress.say("; ".join(report.lines()[0] + _problems(report.problems) for report in found.reports))
-    return io.NodeOutput(found, ui={"lumina2_dataset": [glimpse(found)]})
+    return found
 
 
 def _problems(problems: tuple[str, ...]) -> str:
     return f"; {len(problems)} skipped: {problems[0]}" if problems else ""
 
 
-def _configured(file: str) -> tuple[tuple[DatasetSettings, ...], tuple[str, ...]]:
+def configured(file: str) -> tuple[tuple[DatasetSettings, ...], tuple[str, ...]]:
     path = Path(folder_paths.get_input_directory()) / Path(file.strip().strip('"')).expanduser()
     read = read_databackend(path)
     folders = [Path(folder_paths.base_path), path.parent, *path.parent.parents]
@@ -330,6 +338,11 @@ def _configured(file: str) -> tuple[tuple[DatasetSettings, ...], tuple[str, ...]
     if read.text_cache.cache_dir:
         notes.append("cache_dir of text embeds is not used here: Cache Text Embeds keeps them.")
     return tuple(datasets), tuple(notes)
+
+
+def folder_settings(folder: str, options: Iterable[tuple[str, Any]] = (), **values: Any) -> DatasetSettings:
+    """What the widgets of Load Dataset say, with what Dataset Options add. Raises like ``dataset_settings``."""
+    return dataset_settings(folder, **values, **dict(default_options()) | dict(options))
 
 
 def dataset_settings(

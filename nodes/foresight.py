@@ -13,11 +13,21 @@ import folder_paths
 from ..training.config.adapter import AdapterSettings, FullSettings, LoRASettings
 from ..training.config.optim import OptimizerSettings
 from ..training.config.settings import Config, TrainSettings
+from ..training.data.dataset import Dataset
 from ..training.errors import Lumina2Error, SettingError
 from ..training.files import read_json
 from ..training.run.history import predict
 from . import places
 from .config import Lumina2LoadConfig
+from .dataset import (
+    Lumina2DatasetOptions,
+    Lumina2LoadDataset,
+    Lumina2LoadDatasetConfig,
+    configured,
+    folder_settings,
+    read_parts,
+)
+from .glimpse import glimpse
 from .loader import Lumina2LoadDiffusers, model_folders
 from .settings import Lumina2LoRASettings, Lumina2LyCORISSettings, Lumina2TrainingSettings
 
@@ -28,11 +38,13 @@ EVALUATED = {
         Lumina2LyCORISSettings,
         Lumina2TrainingSettings,
         Lumina2LoadConfig,
+        Lumina2DatasetOptions,
     )
 }  # they turn widgets, or the file that one names, into settings and change nothing
 PASSED = {"Lumina2ReportSettings": "config"}  # what they add decides nothing here
 FULL = "TrainLumina2Full"
 SINGLE_FILES = {"CheckpointLoaderSimple": ("checkpoints", "ckpt_name"), "UNETLoader": ("diffusion_models", "unet_name")}
+DATASET_DEFAULTS = {"probability": 1.0, "is_regularisation_data": False}  # where an older workflow has no such widget
 CHAIN = 32  # nodes that are followed
 MEASURED = 8  # forecasts' measurements that are kept; one takes seconds
 WIDTH = 2304  # of Lumina-Image-2.0 and its fine-tunes
@@ -151,6 +163,33 @@ def plan(train: Shown) -> dict[str, Any]:
         "differs": list(found.differs),
         "over": overridden,
     }
+
+
+def glimpse_of(node: Shown) -> dict[str, Any]:
+    """What a dataset's node showed when it ran; its index is read again, which is quick where it ran before.
+
+    Raises:
+        UnknownError: a wire comes from where only running tells.
+        SettingError, DataError: a value is not possible, or the pictures are gone.
+    """
+    return glimpse(_dataset(node))
+
+
+def _dataset(node: Shown) -> Dataset:
+    behind = node.behind("dataset")
+    before = _dataset(behind) if behind else None
+    widgets = dict(node.widgets)
+    try:
+        if node.type == Lumina2LoadDataset.__name__:
+            options = _evaluated(node.behind("options")) or ()
+            settings = (folder_settings(widgets.pop("folder"), options, **DATASET_DEFAULTS | widgets),)
+        elif node.type == Lumina2LoadDatasetConfig.__name__:
+            settings = configured(widgets["file"])[0]
+        else:
+            raise UnknownError(node.type)
+    except (KeyError, TypeError, AttributeError):
+        raise UnknownError(node.type) from None
+    return read_parts(settings, before, lambda done, total: None)
 
 
 def forecast_of(train: Shown) -> dict[str, Any]:

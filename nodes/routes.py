@@ -166,6 +166,11 @@ def forecast(sent: dict[str, Any]) -> dict[str, Any]:
     return foresight.forecast_of(foresight.Shown.read(sent.get("node")))
 
 
+def dataset(sent: dict[str, Any]) -> dict[str, Any]:
+    """What a dataset's node showed when it ran, for where ComfyUI took it from its cache and sends nothing."""
+    return foresight.glimpse_of(foresight.Shown.read(sent.get("node")))
+
+
 def _control(sent: dict[str, Any]) -> Control:
     found = _run(sent)
     control = active(places.runs().path(found))
@@ -220,6 +225,7 @@ READS: dict[str, Answer] = {
 POSTS: dict[str, Answer] = {
     "plan": plan,
     "forecast": forecast,
+    "dataset": dataset,
     "stop": command(lambda control, _: control.stop()),
     "pause": command(lambda control, _: control.pause()),
     "resume": command(lambda control, _: control.resume()),

@@ -1,10 +1,13 @@
 // What a dataset gave, on the node that read it: the first crops, counts, and what is wrong.
 
 import { make, style } from "./elements.mjs";
+import { described, everyNode } from "./graph.mjs";
+import { post } from "./runs.mjs";
 import { say } from "./words.mjs";
 
 const HEIGHT = 92; // also in lumina2.css
 const WIDGET = "lumina2_dataset";
+const DATASET_NODES = ["Lumina2LoadDataset", "Lumina2LoadDatasetConfig"];
 
 function place(node) {
   style();
@@ -44,4 +47,14 @@ export function show(node, read) {
     make("div.row", {}, make("span.grow", { title: sizes }, counts), problems),
     make("div.strip", {}, read.crops.map((src) => make("img.crop", { src, alt: "" }))),
   );
+}
+
+/** Of nodes that ComfyUI took from its cache it sends nothing; `ids`: those nodes. */
+export async function showCached(ids) {
+  const cached = [...everyNode()].filter(([id, node]) => ids.includes(id) && DATASET_NODES.includes(node.comfyClass));
+  for (const [, node] of cached) {
+    if (node.widgets?.some((widget) => widget.name === WIDGET)) continue;
+    const read = await post("dataset", { node: described(node) }).catch(() => null); // only running tells
+    if (read) show(node, read);
+  }
 }

@@ -143,6 +143,9 @@ app.registerExtension({
       destroy: () => list?.close(),
     });
     api.addEventListener("lumina2.run", noteRun);
+    api.addEventListener("execution_cached", async ({ detail }) => {
+      if (detail.nodes?.length) (await import("./dataset.mjs")).showCached(detail.nodes.map(String));
+    });
     document.addEventListener("focusin", completeFolders);
   },
 
