@@ -12,9 +12,10 @@ One step is forward, loss, backward and AdamW, with a LoRA of rank 16 on attenti
 - the floor: the frozen weights' products in both directions as far as gradients are needed, attention forward and
   backward, the LoRA's products and AdamW, on the step's true tokens, into buffers that are used again.
 
-``nano``: the bundled model. ``wide``: two layers of each kind at Lumina-Image-2.0's width, 514 M parameters. ``equal``:
-one picture of 256 px with 64 caption tokens; ``mixed``: four with 8, 40, 120 and 200. All have the same weights and the
-same batch and take turns within one run; a figure is the median of the rounds, of the repeat with the fastest floor.
+``nano``: the bundled model. ``wide``: two layers of each kind at Lumina-Image-2.0's width, 514 M parameters.
+``equal``: one picture of 256 px with 64 caption tokens; ``mixed``: four with 8, 40, 120 and 200. All have the same
+weights and the same batch and take turns within one run, in an order drawn for each round; a figure is the median of
+the rounds, of the repeat with the fastest floor.
 A dtype that this CPU has no instructions for is listed and not run.
 
 With ``--json`` the last line of stdout is a list of ``{model, dtype, native, captions, ours_s, diffusers_peft_s,
@@ -27,6 +28,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import statistics
 import sys
 import threading
@@ -355,12 +357,13 @@ def measure(name: str, dtype_name: str, captions: str, rounds: int, repeats: int
         "floor": floor(model, batch),
     }
     best: dict[str, float] = {}
+    order = random.Random(0)
     for _ in range(repeats):
         times: dict[str, list[float]] = {contender: [] for contender in steps}
         for turn in range(rounds + 1):  # the first round warms up
-            for contender, step in steps.items():
+            for contender in order.sample(list(steps), len(steps)):  # whoever comes after a heavy one pays for it
                 begun = time.perf_counter()
-                step()
+                steps[contender]()
                 if turn:
                     times[contender].append(time.perf_counter() - begun)
         medians = {contender: statistics.median(seconds) for contender, seconds in times.items()}
