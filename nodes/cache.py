@@ -38,7 +38,7 @@ class Lumina2CacheLatents(io.ComfyNode):
                     tooltip="Pictures encoded at a time; lower it if memory is short.",
                 ),
             ],
-            outputs=[LatentsSocket.Output(display_name="latents")],
+            outputs=[LatentsSocket.Output(display_name="latents", tooltip="For the train node.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             not_idempotent=True,
@@ -102,7 +102,7 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
                     "config", optional=True, tooltip="A config whose validation settings hold where none are wired."
                 ),
             ],
-            outputs=[EmbedsSocket.Output(display_name="embeds")],
+            outputs=[EmbedsSocket.Output(display_name="embeds", tooltip="For the train node.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             not_idempotent=True,

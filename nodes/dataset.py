@@ -201,7 +201,7 @@ class Lumina2LoadDataset(io.ComfyNode):
                     tooltip="Rarer options, from Dataset Options.",
                 ),
             ],
-            outputs=[DatasetSocket.Output(display_name="dataset")],
+            outputs=[DatasetSocket.Output(display_name="dataset", tooltip="Pictures, crops and captions.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -243,7 +243,7 @@ class Lumina2DatasetOptions(io.ComfyNode):
             category="Lumina2",
             description="Rarer options of Load Dataset: filters, crops, captions, gates and caches.",
             inputs=_rare(),
-            outputs=[DatasetOptionsSocket.Output(display_name="options")],
+            outputs=[DatasetOptionsSocket.Output(display_name="options", tooltip="For Load Dataset.")],
         )
 
     @classmethod
@@ -272,7 +272,10 @@ class Lumina2LoadDatasetConfig(io.ComfyNode):
                 ),
                 DatasetSocket.Input("dataset", optional=True, tooltip="Another dataset to add these to."),
             ],
-            outputs=[DatasetSocket.Output(display_name="dataset"), io.String.Output(display_name="report")],
+            outputs=[
+                DatasetSocket.Output(display_name="dataset", tooltip="Pictures, crops and captions."),
+                io.String.Output(display_name="report", tooltip="What was read, and what was left out."),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 

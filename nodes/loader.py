@@ -57,7 +57,11 @@ class Lumina2LoadDiffusers(io.ComfyNode):
                     tooltip="A full fine-tune of this model, from models/diffusion_models/lumina2.",
                 ),
             ],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            outputs=[
+                io.Model.Output(tooltip="The transformer, for training and drawing."),
+                io.Clip.Output(tooltip="The text encoder, a Gemma2."),
+                io.Vae.Output(tooltip="Pictures to latents and back."),
+            ],
         )
 
     @classmethod

@@ -113,7 +113,7 @@ class Lumina2LoRASettings(io.ComfyNode):
                     tooltip="A LoRA under models/loras to start from; its rank wins.",
                 ),
             ],
-            outputs=[AdapterSocket.Output(display_name="adapter")],
+            outputs=[AdapterSocket.Output(display_name="adapter", tooltip="For the train node's adapter.")],
         )
 
     @classmethod
@@ -201,7 +201,7 @@ class Lumina2LyCORISSettings(io.ComfyNode):
                     tooltip="SimpleTuner's lycoris_config as JSON; what it says wins over the widgets above.",
                 ),
             ],
-            outputs=[AdapterSocket.Output(display_name="adapter")],
+            outputs=[AdapterSocket.Output(display_name="adapter", tooltip="For the train node's adapter.")],
         )
 
     @classmethod
@@ -375,7 +375,7 @@ class Lumina2TrainingSettings(io.ComfyNode):
                 ),
                 ConfigSocket.Input("config", optional=True, tooltip="Settings that these are added to; these win."),
             ],
-            outputs=[ConfigSocket.Output(display_name="config")],
+            outputs=[ConfigSocket.Output(display_name="config", tooltip="For the train node's config.")],
         )
 
     @classmethod

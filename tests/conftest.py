@@ -1,7 +1,10 @@
 """A real ComfyUI with the plugin in it."""
 
 import os
+import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -32,3 +35,39 @@ def start(tmp_path_factory):
 def server(start):
     """One server for all tests that do not ask for their own."""
     return start()
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory):
+    """The plugin as the registry hands it out: validated and packed by comfy-cli, then unpacked.
+
+    Returns:
+        The folder that it was unpacked into, the zip file, and all that comfy-cli said.
+    """
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    copy, home = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("home")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy / name)
+    for command in (["init", "-q"], ["add", "-A"]):
+        subprocess.run(["git", *command], cwd=copy, check=True)
+    comfy = Path(sys.executable).with_name("comfy" + Path(sys.executable).suffix)
+    variables = {**os.environ, "HOME": str(home), "USERPROFILE": str(home), "DO_NOT_TRACK": "1"}
+    said = ""
+    for command in ("validate", "pack"):
+        answer = subprocess.run(
+            [comfy, "--skip-prompt", "node", command],
+            cwd=copy,
+            env=variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        said += answer.stdout + answer.stderr
+        assert answer.returncode == 0, said
+    unpacked = tmp_path_factory.mktemp("custom_nodes") / "lumina2-trainer"
+    with zipfile.ZipFile(copy / "node.zip") as zipped:
+        zipped.extractall(unpacked)
+    return unpacked, copy / "node.zip", said

@@ -1,4 +1,4 @@
-"""The project as a whole: its metadata, what imports what, and the environment that setup makes."""
+"""The project as a whole: what imports what, and the environment that setup makes."""
 
 import ast
 import http.server
@@ -16,11 +16,6 @@ from packaging.utils import canonicalize_name
 
 from scripts import environment
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
     path
@@ -28,10 +23,6 @@ SCRIPTS = [
     if path.name in {"environment.py", "comfy_server.py", "setup", "test", "demo"}
 ]
 HEAVY = {"accelerate", "datasets", "diffusers", "lycoris", "peft", "transformers"}
-
-
-def project() -> dict:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def requirements(path: Path) -> list[Requirement]:
@@ -52,26 +43,6 @@ def imports(node: ast.AST) -> set[str]:
 
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def test_the_registry_finds_what_it_needs():
-    metadata, comfy = project()["project"], project()["tool"]["comfy"]
-    assert metadata["name"] == "lumina2-trainer"
-    assert metadata["requires-python"] == ">=3.10"
-    assert len(metadata["version"].split(".")) == 3
-    assert (ROOT / metadata["license"]["file"]).read_text().lstrip().startswith("Apache License")
-    assert metadata["urls"]["Repository"].startswith("https://github.com/")
-    assert comfy["DisplayName"] == "Lumina2 Trainer"
-    assert "PublisherId" in comfy
-    assert "web" not in comfy, "with WEB_DIRECTORY as well, the page would load every script twice"
-
-
-def test_the_plugin_asks_for_lower_bounds_only_and_never_for_torch():
-    needs = [Requirement(need) for need in project()["project"]["dependencies"]]
-    for need in needs:
-        assert need.name not in ("torch", "torchvision", "torchaudio"), "ComfyUI owns torch"
-        assert [specifier.operator for specifier in need.specifier] == [">="], need
-    assert [str(need) for need in requirements(ROOT / "requirements.txt")] == [str(need) for need in needs]
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="versions are pinned for Python 3.11")

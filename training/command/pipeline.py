@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,13 @@ class VAE:
 
     @cached_property
     def _network(self) -> Any:
-        from diffusers import AutoencoderKL
-
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise ModelError(
+                f"Without ComfyUI the VAE needs the package diffusers ({error}). Install it with the transformers that "
+                f"is there: pip install diffusers transformers=={metadata.version('transformers')}"
+            ) from None
         dtype = torch.float32 if self.device.type in ("cpu", "mps") else stored_in(self.device)
         network = AutoencoderKL.from_pretrained(self.model.vae, torch_dtype=dtype, use_safetensors=True)
         return network.eval().requires_grad_(False)
