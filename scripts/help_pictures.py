@@ -3,6 +3,7 @@
 LUMINA2_CHROMIUM=$(which chromium) python -m scripts.help_pictures [--url http://127.0.0.1:8188] [NODE …]
 
 They go to ``web/docs/<node>/{en,zh}.webp``; without names, all nodes are drawn. Without ``--url`` a ComfyUI is started.
+The machine needs a Chinese font, such as Debian's fonts-noto-cjk.
 """
 
 from __future__ import annotations
@@ -95,6 +96,10 @@ _SHOW = """([name, values, width]) => {
     app.canvas.centerOnNode(node)
     app.canvas.setDirty(true, true)
 }"""
+_READY = """() => {
+    const panel = document.querySelector('.lumina2-panel')  // of a train node; it asks how much memory will be needed
+    return !panel || (panel.querySelector('.lumina2-state') && !/…/.test(panel.innerText))
+}"""
 _BOX = """() => {
     const node = app.graph._nodes[0], [x, y] = app.canvas.ds.offset
     const canvas = app.canvas.canvas.getBoundingClientRect()
@@ -146,7 +151,8 @@ def draw(url: str, nodes: list[str]) -> None:
             page.wait_for_timeout(3000)  # the page's own tab opens over its canvas
             for name in nodes:
                 page.evaluate(_SHOW, [name, EXAMPLES[name], WIDTH_PX])
-                page.wait_for_timeout(1500)  # panels and text fields come after the canvas
+                page.wait_for_timeout(1000)  # text fields come after the canvas
+                page.wait_for_function(_READY)
                 box = page.evaluate(_BOX)
                 around = {"x": box["x"] - MARGIN_PX, "y": box["y"] - MARGIN_PX}
                 sides = {side: box[side] + 2 * MARGIN_PX for side in ("width", "height")}
