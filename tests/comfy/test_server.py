@@ -52,8 +52,10 @@ def test_plugin_loads_without_a_word(server):
     assert any(line.endswith("custom_nodes/lumina2-trainer") for line in log.splitlines())
 
 
-def test_importing_the_plugin_loads_nothing_new(tmp_path):
-    """As ComfyUI's loader does it, after ComfyUI's own modules: only our own and comfy_api may come, and quickly."""
+def test_importing_the_plugin_loads_nothing_new(tmp_path, packed):
+    """As the registry hands it out, by ComfyUI's way of loading, after ComfyUI's own modules: only our own and
+    comfy_api may come, and quickly."""
+    plugin = packed[0]
     program = f"""
 import asyncio, importlib.util, json, sys, time
 sys.argv = ["main.py", "--cpu", "--base-directory", {str(tmp_path)!r}]
@@ -64,15 +66,15 @@ import nodes, server, execution
 asyncio.run(nodes.init_builtin_extra_nodes())
 before, comfyui_s = set(sys.modules), time.process_time()
 spec = importlib.util.spec_from_file_location(
-    "pack", {str(ROOT / "__init__.py")!r}, submodule_search_locations=[{str(ROOT)!r}]
+    "pack", {str(plugin / "__init__.py")!r}, submodule_search_locations=[{str(plugin)!r}]
 )
 module = importlib.util.module_from_spec(spec)
 sys.modules["pack"] = module
 spec.loader.exec_module(module)
 extension = asyncio.run(module.comfy_entrypoint())
-asyncio.run(extension.get_node_list())
+listed = asyncio.run(extension.get_node_list())
 share = (time.process_time() - comfyui_s) / comfyui_s
-print(json.dumps([share, *sorted(set(sys.modules) - before)]))
+print(json.dumps([share, len(listed), *sorted(set(sys.modules) - before)]))
 """
     comfyui = Path(os.environ["COMFYUI_PATH"])
     for name in ("custom_nodes", "input", "output", "user", "models"):
@@ -86,7 +88,8 @@ print(json.dumps([share, *sorted(set(sys.modules) - before)]))
         check=False,
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
-    share, *new = json.loads(answer.stdout.splitlines()[-1])
+    share, listed, *new = json.loads(answer.stdout.splitlines()[-1])
+    assert listed == len(NODES)
     assert share <= 0.1  # of what ComfyUI itself takes
     assert [name for name in new if name.split(".")[0] not in ("pack", "comfy_api")] == []
     assert "pack.nodes.train" in new
