@@ -1,5 +1,6 @@
 """The help pages that ComfyUI shows beside a node: complete, with a picture and an example that is set as it says."""
 
+import json
 import re
 import urllib.request
 from decimal import Decimal
@@ -12,7 +13,8 @@ from test_server import NODES
 
 from scripts.help_pictures import EXAMPLES
 
-DOCS = Path(__file__).resolve().parents[2] / "web" / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "web" / "docs"
 EXAMPLE = {"en": "## Example", "zh": "## 示例"}
 HIDDEN = {"continue_token", "attempt"}
 MOST_BYTES = 1_500_000  # of all pictures
@@ -39,6 +41,17 @@ def test_every_page_has_a_picture_an_example_and_every_input(server, language):
         _, head, example = page.partition(f"\n{EXAMPLE[language]}\n")
         assert head, f"{name} has no example"
         assert len(example.strip()) > 40, name
+
+
+def test_pages_call_nodes_and_inputs_as_the_page_does():
+    chinese = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    for name, title in NODES.items():
+        pages = {language: (DOCS / name / f"{language}.md").read_text(encoding="utf-8") for language in EXAMPLE}
+        assert pages["en"].startswith(f"# {title}\n"), name
+        assert pages["zh"].startswith(f"# {chinese[name]['display_name']}\n"), name
+        for key, said in re.findall(r"\*\*(\w+)（([^）]+)）\*\*", pages["zh"], re.ASCII):
+            if key in chinese[name]["inputs"] and said != "可选":
+                assert said.split("，")[0] == chinese[name]["inputs"][key]["name"], name
 
 
 def test_the_pictures_are_small():
