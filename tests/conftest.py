@@ -14,6 +14,9 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "comfy")]
 
 from comfy_server import Server  # noqa: E402
 
+# Beside the project in its folder: large, and nothing that git would take in.
+NOT_OURS = (".git", ".venv", ".comfyui", ".hypothesis", ".*_cache", "__pycache__")
+
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
@@ -44,14 +47,9 @@ def packed(tmp_path_factory):
     Returns:
         The folder that it was unpacked into, the zip file, and all that comfy-cli said.
     """
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    copy, home = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("home")
-    for name in filter(None, files):
-        if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, copy / name)
-    for command in (["init", "-q"], ["add", "-A"]):
+    copy, home = tmp_path_factory.mktemp("copy") / "plugin", tmp_path_factory.mktemp("home")
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_OURS))
+    for command in (["init", "-q"], ["add", "-A"]):  # comfy-cli packs what git knows
         subprocess.run(["git", *command], cwd=copy, check=True)
     comfy = Path(sys.executable).with_name("comfy" + Path(sys.executable).suffix)
     variables = {**os.environ, "HOME": str(home), "USERPROFILE": str(home), "DO_NOT_TRACK": "1"}

@@ -112,6 +112,13 @@ def test_heavy_libraries_are_imported_where_they_are_used(folder):
     assert eager == set()
 
 
+def test_only_the_command_line_imports_diffusers():
+    """It is none of the plugin's requirements: ComfyUI-Manager would bring a huggingface_hub that breaks ComfyUI."""
+    paths = [path for folder in ("training", "nodes") for path in (ROOT / folder).rglob("*.py")]
+    importing = {path.parent.relative_to(ROOT).as_posix() for path in paths if "diffusers" in imports(parse(path))}
+    assert importing == {"training/command"}
+
+
 def test_tests_are_no_package():
     assert list((ROOT / "tests").rglob("__init__.py")) == []
 
