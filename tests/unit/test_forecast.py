@@ -1,8 +1,11 @@
 """The memory forecast against what a step really makes, counted tensor by tensor."""
 
 import argparse
+import functools
+import re
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +36,7 @@ from training.run.forecast import (
     weight_bytes,
 )
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 SMALL = TransformerConfig(
     dim=192, layers=3, refiner_layers=1, heads=2, kv_heads=1, caption_dim=64, ffn_dim=512, channels=4
 )
@@ -204,8 +208,14 @@ def test_a_lora_of_the_real_model_fits_a_small_gpu(real, mode, most):
     assert "not measured" in found.notes[0]
 
 
+@functools.cache
+def real_full():
+    return measure(TransformerConfig(), Shape(), everything, ways=["full"])
+
+
 @pytest.mark.parametrize("size", PRESETS)
 def test_presets_fit_their_gpus(size):
+    """Where the figures are not the documents': `python . estimate …`, docs/hardware.md and docs/hardware.zh.md."""
     preset = PRESETS[size]
     measured = measure(
         TransformerConfig(),
@@ -215,9 +225,14 @@ def test_presets_fit_their_gpus(size):
     )
     found = forecast(measured, preset.precision, device_type="cuda")
     assert 0.4 * size * GB < found.total < 0.9 * size * GB
+    said = [forecast(measured, preset.precision, "adamw_bf16", device_type="cuda").total]
     if preset.full_fine_tune:
-        full = measure(TransformerConfig(), Shape(), everything, ways=["full"])
-        assert forecast(full, preset.precision, preset.full_fine_tune, True, "cuda").total < 0.92 * size * GB
+        said.append(forecast(real_full(), preset.precision, preset.full_fine_tune, True, "cuda").total)
+        assert said[1] < 0.92 * size * GB
+    for page in ("hardware.md", "hardware.zh.md"):
+        text = (DOCS / page).read_text(encoding="utf-8")
+        told = re.findall(rf"^\| {size} GB \|.*\| ([\d.]+) GB \|", text, re.MULTILINE)
+        assert [float(each) for each in told] == pytest.approx([total / GB for total in said], abs=0.06)
 
 
 def test_savings_are_differences_of_forecasts(real):
