@@ -180,12 +180,10 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """With s = sigmoid(gate) and a = gate · s: the slope of a is a + s · (1 - a)."""
         gate, up = ctx.saved_tensors
-        opened = torch.sigmoid(gate)
-        active = gate * opened
-        slope = torch.lerp(active, torch.ones((), dtype=gate.dtype, device=gate.device), opened, out=opened)
-        return slope.mul_(grad).mul_(up), active.mul_(grad)
+        d_gate = grad * up
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        return d_gate, F.silu(gate).mul_(grad)
 
 
 class _SplitHeads(torch.autograd.Function):
