@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -131,7 +132,6 @@ class Lumina2LoRASettings(io.ComfyNode):
         loraplus_lr_ratio: float = 1.0,
         init_lora: str = "",
     ) -> io.NodeOutput:
-        start = str(places.lora_file(init_lora.strip())) if init_lora.strip() else ""
         settings = LoRASettings(
             rank,
             alpha,
@@ -143,7 +143,7 @@ class Lumina2LoRASettings(io.ComfyNode):
             use_dora,
             use_rslora,
             loraplus_lr_ratio,
-            start,
+            _start(init_lora),
         )
         return io.NodeOutput(settings)
 
@@ -200,6 +200,12 @@ class Lumina2LyCORISSettings(io.ComfyNode):
                     optional=True,
                     tooltip="SimpleTuner's lycoris_config as JSON; what it says wins over the widgets above.",
                 ),
+                io.String.Input(
+                    "init_lora",
+                    default="",
+                    optional=True,
+                    tooltip="A file under models/loras to start from: of the same algo and sizes, with full of any.",
+                ),
             ],
             outputs=[AdapterSocket.Output(display_name="adapter", tooltip="For the train node's adapter.")],
         )
@@ -213,11 +219,12 @@ class Lumina2LyCORISSettings(io.ComfyNode):
         factor: int,
         multiplier: float,
         lycoris_config: str = "",
+        init_lora: str = "",
     ) -> io.NodeOutput:
         values = {"algo": algo, "linear_dim": linear_dim, "linear_alpha": linear_alpha, "multiplier": multiplier}
-        return io.NodeOutput(
-            lycoris_from_json(values | ({"factor": factor} if algo == "lokr" else {}) | json_object(lycoris_config))
-        )
+        values |= {"factor": factor} if algo == "lokr" else {}
+        settings = lycoris_from_json(values | json_object(lycoris_config))
+        return io.NodeOutput(replace(settings, init_lora=_start(init_lora)))
 
 
 class Lumina2TrainingSettings(io.ComfyNode):
@@ -398,6 +405,11 @@ class Lumina2TrainingSettings(io.ComfyNode):
         chosen = Config({**(config.values if config else {}), **values, **json_object(more)})
         chosen.check()
         return io.NodeOutput(chosen)
+
+
+def _start(name: str) -> str:
+    """The path of a file under models/loras."""
+    return str(places.lora_file(name.strip())) if name.strip() else ""
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -418,14 +418,12 @@ def test_a_training_starts_from_a_file_of_any_names(tmp_path, how, factor, qkv):
     save_file(renamed(source.export()[0], how), tmp_path / "start.safetensors")
     settings = LoRASettings(4, alpha=6, qkv=qkv, init_lora=str(tmp_path / "start.safetensors"))
     adapter = add_adapter(transformer(), settings, seed=0)
-    assert "started from start.safetensors: rank 5, instead of the 4 set" in adapter.describe() or (
-        how != "kohya" and qkv == "fused"
-    )
+    assert "started from start.safetensors: rank 5, instead of the 4 set" in adapter.describe()
     for name, layer in adapter.layers.items():
         expected = added(source.layers[name]) * factor
         assert (added(layer) - expected).abs().max() < 1e-5 * expected.abs().max(), name
     rank = adapter.layers["layers.0.attention.qkv"].factors()[0].shape[0]
-    assert rank == (5 if how == "kohya" and qkv == "fused" else 15)
+    assert rank == (5 if qkv == "fused" else 15)  # the parts share A
     assert all(weight.requires_grad for weight in adapter.weights.values())
 
 
@@ -448,10 +446,10 @@ def test_a_file_of_a_part_of_the_layers_leaves_the_others_fresh(tmp_path):
 @pytest.mark.parametrize(
     ("key", "shape", "said"),
     [
-        ("layers.0.attention.out.lokr_w1", (6, 6), "no part of a plain LoRA"),
-        ("layers.0.attention.out.dora_scale", (36, 1), "no part of a plain LoRA"),
-        ("layers.9.attention.out.lora_A.weight", (4, 36), "belongs to no layer"),
-        ("layers.0.attention.out.lora_A.weight", (4, 36), "only one half"),
+        ("layers.0.attention.out.lokr_w1", (6, 6), "no adapter of a known kind"),
+        ("layers.9.attention.out.lora_A.weight", (4, 36), "no adapter of a known kind|has 3 layers"),
+        ("layers.0.attention.out.lora_A.weight", (4, 36), "has A: no adapter of a known kind"),
+        ("layers.0.attention.nothing.lora_A.weight", (4, 36), "init_lora: .* belongs to no weight"),
     ],
 )
 def test_files_that_are_no_start(tmp_path, key, shape, said):
@@ -469,8 +467,108 @@ def test_a_start_of_another_size_or_none_at_all(tmp_path):
     with pytest.raises(ModelError, match="there is no file"):
         add_adapter(transformer(), LoRASettings(init_lora=str(tmp_path / "none.safetensors")), 0)
     path.write_bytes(b"not safetensors")
-    with pytest.raises(ModelError, match="is no safetensors file"):
+    with pytest.raises(ModelError, match="cannot be read as safetensors"):
         add_adapter(transformer(), LoRASettings(init_lora=str(path)), 0)
+
+
+LYCORIS = {
+    "lora": {"linear_dim": 3, "linear_alpha": 6.0},
+    "loha": {"linear_dim": 3, "use_scalar": True},
+    "lokr": {"linear_dim": 10000, "factor": 4, "multiplier": 0.5},
+    "glora": {"linear_dim": 3},
+    "full": {},
+    "diag-oft": {"linear_dim": 6},
+    "loha dora": {"linear_dim": 3, "dora_wd": True},
+}
+
+
+@torch.no_grad()
+def saved(adapter, path):
+    save_file(adapter.export()[0], path)
+    return adapter
+
+
+@pytest.mark.parametrize("kind", list(LYCORIS))
+def test_a_lycoris_training_starts_from_its_own_file_exactly(tmp_path, kind):
+    settings = LyCORISSettings(algo=kind.split()[0], **LYCORIS[kind])
+    source = saved(changed(add_adapter(transformer(), settings, seed=0)), tmp_path / "start.safetensors")
+    start = replace(settings, init_lora=str(tmp_path / "start.safetensors"))
+    adapter = add_adapter(transformer(), start, seed=5)
+    assert adapter.describe().endswith("started from start.safetensors")
+    for name, layer in adapter.layers.items():
+        expected = added(source.layers[name])
+        assert (added(layer) - expected).abs().max() < 1e-5 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize("source", [LORAS["dora"], LORAS["split"], LyCORISSettings(algo="loha", linear_dim=2)])
+def test_full_differences_start_from_any_file(tmp_path, source):
+    start = tmp_path / "start.safetensors"
+    made = saved(changed(add_adapter(transformer(), source, seed=0)), start)
+    settings = LyCORISSettings(algo="full", apply_preset={"target_module": ["Block"]}, init_lora=str(start))
+    adapter = add_adapter(transformer(), settings, 0)
+    for name, layer in made.layers.items():
+        expected = added(layer)
+        assert (added(adapter.layers[name]) - expected).abs().max() < 1e-5 * expected.abs().max(), name
+
+
+def test_a_lora_starts_from_what_is_none_as_near_as_its_rank_can(tmp_path):
+    start = tmp_path / "start.safetensors"
+    source = saved(changed(add_adapter(transformer(), LyCORISSettings(algo="loha", linear_dim=2), 0)), start)
+    everywhere = LoRASettings(targets=r"regex:.*attention\..*", init_lora=str(start))
+    whole = add_adapter(transformer(), replace(everywhere, rank=4), 0)  # 2 · 2: LoHa's product has rank 4
+    for name, layer in whole.layers.items():
+        expected = added(source.layers[name])
+        assert (added(layer) - expected).abs().max() < 1e-4 * expected.abs().max(), name
+    assert "relative error" in whole.describe()
+    less = add_adapter(transformer(), replace(everywhere, rank=2), 0)
+    told = float(less.describe().rpartition("relative error ")[2])
+    out = [(added(layer) - added(source.layers[name])).square().sum() for name, layer in less.layers.items()]
+    of = [added(layer).square().sum() for layer in source.layers.values()]
+    assert told == pytest.approx(float((sum(out) / sum(of)).sqrt()), rel=0.1)
+    assert 0.05 < told < 0.9
+
+
+def test_a_dora_starts_with_the_lengths_of_its_file(tmp_path):
+    start = tmp_path / "start.safetensors"
+    source = saved(changed(add_adapter(transformer(), LORAS["dora"], seed=0)), start)
+    adapter = add_adapter(transformer(), replace(LORAS["dora"], init_lora=str(start)), 0)
+    plain = add_adapter(transformer(), LoRASettings(36, targets="blocks", init_lora=str(start)), 0)
+    for name, layer in adapter.layers.items():
+        expected = added(source.layers[name])
+        assert (added(layer) - expected).abs().max() < 1e-4 * expected.abs().max(), name
+        assert torch.allclose(layer.lora_magnitude, source.layers[name].lora_magnitude, rtol=1e-4)
+        assert (added(plain.layers[name]) - expected).abs().max() < 1e-4 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"algo": "loha", "linear_dim": 3}, "it is lokr there. Choose that algo, or .full."),
+        ({"algo": "dylora"}, "cannot be the start of dylora"),
+        ({"algo": "lokr", "linear_dim": 10000, "factor": 6}, r"lokr_w1 4 × 4.*Set linear_dim, factor"),
+        ({"algo": "lokr", "linear_dim": 10000, "factor": 4, "dora_wd": True}, "without DoRA there"),
+    ],
+)
+def test_lycoris_files_that_fit_no_layer_are_told(tmp_path, options, said):
+    start = tmp_path / "start.safetensors"
+    saved(changed(add_adapter(transformer(), LyCORISSettings(linear_dim=10000, factor=4), seed=0)), start)
+    with pytest.raises(ModelError, match=said):
+        add_adapter(transformer(), LyCORISSettings(**options, init_lora=str(start)), 0)
+
+
+@pytest.mark.parametrize(
+    "settings", [LORAS["fused"], LyCORISSettings(), LyCORISSettings(algo="ia3")], ids=["lora", "lokr", "ia3"]
+)
+def test_a_strength_multiplies_what_is_added_and_is_1_again_afterwards(settings):
+    adapter = changed(add_adapter(transformer(), settings, seed=0))
+    layer = adapter.layers["layers.0.attention.out"]
+    whole = added(layer)
+    with adapter.at(-0.5):
+        turned = added(layer)
+        with adapter.off():
+            assert not added(layer).any()
+    assert torch.allclose(turned, -0.5 * whole, atol=1e-5)
+    assert torch.equal(added(layer), whole)
 
 
 # Full fine-tunes

@@ -13,7 +13,7 @@ from .base import Adapter
 from .full import Full, own_weights
 from .lora import LoRA, add_lora_layers
 from .lycoris import LyCORIS, add_lycoris_layers
-from .start import read_start
+from .start import read_start, start_lycoris
 
 
 def add_adapter(
@@ -36,11 +36,12 @@ def add_adapter(
     if isinstance(settings, FullSettings):
         return Full(transformer, own_weights(transformer, settings, dtype), settings)
     if isinstance(settings, LyCORISSettings):
-        return LyCORIS(add_lycoris_layers(transformer, settings, seed, dtype or torch.float32), settings)
-    start, note = None, ""
-    if settings.init_lora:
-        found = read_start(Path(settings.init_lora), transformer, settings)
-        start, settings = found.layers, replace(settings, rank=found.rank)
-        note = f", {found.note}"
-    layers = add_lora_layers(transformer, settings, seed, dtype or torch.float32, start)
-    return LoRA(layers, settings, note)
+        made = add_lycoris_layers(transformer, settings, seed, dtype or torch.float32)
+        note = f", {start_lycoris(Path(settings.init_lora), transformer, made)}" if settings.init_lora else ""
+        return LyCORIS(made, settings, note)
+    if not settings.init_lora:
+        return LoRA(add_lora_layers(transformer, settings, seed, dtype or torch.float32), settings)
+    start = read_start(Path(settings.init_lora), transformer, settings)
+    settings = replace(settings, rank=start.rank)
+    layers = add_lora_layers(transformer, settings, seed, dtype or torch.float32, start.layers, start.lengths)
+    return LoRA(layers, settings, f", {start.note}")

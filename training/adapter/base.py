@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ class Adapter(ABC):
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser, each with its ``lr``."""
         return [{"params": list(self.weights.values()), "lr": learning_rate}]
+
+    def at(self, strength: float) -> AbstractContextManager[None]:
+        """Within the block, which holds the backward pass too, the adapter acts with a strength other than 1."""
+        return nullcontext()
 
     @abstractmethod
     def off(self) -> AbstractContextManager[None]:
@@ -81,6 +85,7 @@ class AdaptedLinear(nn.Module):
     Attributes:
         base_layer: the layer as it was.
         on: False: it computes what the base layer does.
+        strength: what is added to the base is multiplied with it.
     """
 
     base_layer: Linear
@@ -88,7 +93,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: Linear) -> None:
         super().__init__()
         self.base_layer = base
-        self.on = True
+        self.on, self.strength = True, 1.0
         self.in_features, self.out_features = base.in_features, base.out_features
 
     @property
@@ -122,6 +127,16 @@ class LayerAdapter(Adapter):
     @property
     def frozen(self) -> dict[str, Tensor]:
         return {f"{name}.{part}": t for name, layer in self.layers.items() for part, t in layer.fixed().items()}
+
+    @contextmanager
+    def at(self, strength: float) -> Iterator[None]:
+        for layer in self.layers.values():
+            layer.strength = strength
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.strength = 1.0
 
     def off(self) -> AbstractContextManager[None]:
         return switched_off(self.layers.values())

@@ -64,6 +64,12 @@ class LoRALinear(AdaptedLinear):
                 self.register_buffer(f"lora_B0_{number}", b.detach().clone())
         self.lora_magnitude = nn.Parameter(dense_weight(base).norm(dim=1)) if use_dora else None
 
+    @torch.no_grad()
+    def start_with(self, lengths: Tensor) -> None:
+        """DoRA's m, where it is not that of the base's rows."""
+        assert self.lora_magnitude is not None
+        self.lora_magnitude.copy_(lengths)
+
     def _named(self, letter: str, tensors: Sequence[Tensor]) -> dict[str, Any]:
         parts = ("",) if len(tensors) == 1 else ("q.", "k.", "v.")
         return {f"{part}lora_{letter}.weight": tensor for part, tensor in zip(parts, tensors, strict=True)}
@@ -92,12 +98,12 @@ class LoRALinear(AdaptedLinear):
         if not self.on:
             return self.base_layer(x)
         a, b = self.factors()
-        dropping = self.dropout > 0 and self.training
+        scale, dropping = self.scale * self.strength, self.dropout > 0 and self.training
         if dropping or torch.compiler.is_compiling():
             inner = F.linear(F.dropout(x, self.dropout) if dropping else x, a.to(x.dtype))
-            out = self.base_layer(x) + F.linear(inner, b.to(x.dtype)) * self.scale
+            out = self.base_layer(x) + F.linear(inner, b.to(x.dtype)) * scale
         else:
-            out = lora_linear(x.flatten(0, -2), self.base_layer, a, b, self.scale).unflatten(0, x.shape[:-1])
+            out = lora_linear(x.flatten(0, -2), self.base_layer, a, b, scale).unflatten(0, x.shape[:-1])
         if self.lora_magnitude is None:
             return out
         return with_gain(out, self.lora_magnitude / self._row_norms(a, b), self.bias)
@@ -168,12 +174,14 @@ def add_lora_layers(
     seed: int,
     dtype: torch.dtype = torch.float32,
     start: Mapping[str, Sequence[Pair]] | None = None,
+    lengths: Mapping[str, Tensor] | None = None,
 ) -> dict[str, LoRALinear]:
     """Put fresh LoRA layers in the place of the targets.
 
     Args:
         seed: of the initial values, which are drawn on the CPU, so that every device starts from the same.
         start: A and B of layers that begin somewhere else: of the whole layer, or of its parts where it is split.
+        lengths: DoRA's m of such layers.
 
     Raises:
         SettingError: nothing is chosen, or the rank is larger than a layer that it starts from.
@@ -197,6 +205,8 @@ def add_lora_layers(
         ]
         from_base = settings.init in ("pissa", "olora")
         layers[name] = LoRALinear(base, trained, scale, settings.dropout, from_base, settings.use_dora)
+        if lengths and name in lengths:
+            layers[name].start_with(lengths[name])
         put_layer(transformer, name, layers[name])
     return layers
 

@@ -37,7 +37,11 @@ class LyCORISLinear(AdaptedLinear):
     def __init__(self, base: Linear, lycoris: nn.Module, settings: LyCORISSettings) -> None:
         super().__init__(base)
         self.lycoris: Any = lycoris
-        self.settings, self.multiplier = settings, settings.multiplier
+        self.settings = settings
+
+    @property
+    def multiplier(self) -> float:
+        return self.settings.multiplier * self.strength
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {f"{self.settings.algo}.{name}": weight for name, weight in self.lycoris.named_parameters()}
@@ -243,9 +247,9 @@ class LyCORIS(LayerAdapter):
 
     layers: dict[str, LyCORISLinear]  # type: ignore[assignment]
 
-    def __init__(self, layers: Mapping[str, LyCORISLinear], settings: LyCORISSettings) -> None:
+    def __init__(self, layers: Mapping[str, LyCORISLinear], settings: LyCORISSettings, note: str = "") -> None:
         super().__init__(layers)
-        self.settings = settings
+        self.settings, self.note = settings, note
         each = [layer.settings for layer in layers.values()]
         self.draws = any(s.algo == "dylora" or s.dropout or s.rank_dropout or s.module_dropout for s in each)
 
@@ -259,7 +263,7 @@ class LyCORIS(LayerAdapter):
 
     def describe(self) -> str:
         algos = Counter(layer.settings.algo for layer in self.layers.values())
-        return f"LyCORIS {', '.join(algos)} {self.size()}"
+        return f"LyCORIS {', '.join(algos)} {self.size()}{self.note}"
 
 
 def add_lycoris_layers(

@@ -1,27 +1,34 @@
-"""A LoRA file as the start of a training: any of the names and halves that such files are written with."""
+"""An adapter file of any format as the start of a training."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.adapter import LoRASettings
 from ..errors import ModelError
-from ..model.keys import diffusers_modules
 from ..model.transformer import Lumina2Transformer
+from .base import AdaptedLinear, dense_weight
+from .formats.fuse import join_layers, split_layer
+from .formats.layers import PARTS, Adapters, Layer, Weights, with_lengths
+from .formats.low_rank import lost, of_matrix
+from .formats.read import read_adapters
 from .lora import Pair
+from .lycoris import LyCORISLinear
 from .targets import linear_layers, target_modules
 
-_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?(?:\.weight)?|(.+)\.alpha")
-_PREFIX = re.compile(r"(base_model\.model\.)?(transformer\.|diffusion_model\.|lora_unet_|lycoris_|lora_transformer_)?")
+_KINDS = {name: name for name in ("lora", "loha", "lokr", "glora")}  # of a file's layer, by algo
+_KINDS |= {"locon": "lora", "full": "diff", "diag-oft": "oft", "boft": "oft"}
+_NAMES = {"A": "lora_down.weight", "B": "lora_up.weight", "diff": "weight"} | {
+    name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")
+}
+_FIRST = ("B", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff")  # the factor that all scales are in
 
 
 @dataclass(frozen=True)
@@ -29,124 +36,156 @@ class Start:
     """A and B of each layer, ``B·A`` being what the file adds to the weight, in the order of the layer's parts."""
 
     layers: Mapping[str, Sequence[Pair]]
+    lengths: Mapping[str, Tensor]  # of the rows of the weight with what is added: DoRA's m
     rank: int  # of most layers; that of a layer's parts where they are split
     note: str
 
 
 def read_start(path: Path, transformer: Lumina2Transformer, settings: LoRASettings) -> Start:
-    """Read a LoRA of Lumina2: ComfyUI's, PEFT's and diffusers', or kohya's names; q, k and v in one or apart.
+    """Read an adapter file as a LoRA. Its own rank wins; what is no LoRA becomes the nearest one of the rank set.
 
-    Where the settings fuse q, k and v, adapters that are apart become one whose rank is the sum of theirs.
+    Where the settings fuse q, k and v, adapters that are apart become one whose rank is the sum of theirs, or stays
+    where they share A.
 
     Raises:
-        ModelError: the file is missing, no LoRA, of another model, or has layers that are not trained.
+        ModelError: the file is missing, no adapter, of another model, or has layers that are not trained.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except FileNotFoundError:
-        raise ModelError(f"init_lora: there is no file {path}. Correct the path.") from None
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"init_lora: {path} is no safetensors file ({error}). Choose a LoRA.") from None
-    found = _pairs(tensors, _scale_in(metadata), _names(transformer), str(path))
+    adapters = _read(path, transformer)
     targets = target_modules(transformer, settings.targets, settings.blocks)
-    outside = [module for module, _ in found if module not in targets]
+    _check_trained(path, adapters, targets)
+    base = _weights(transformer)
+    layers: dict[str, Sequence[Pair]] = {}
+    lengths: dict[str, Tensor] = {}
+    left_out = whole = 0.0
+    for module, parts in adapters.modules.items():
+        fused = module.endswith("attention.qkv")
+        rows = transformer.config.qkv_rows if fused else (base(module).shape[0],)
+        exact = _pairs(parts, rows, fused and settings.qkv == "split", settings.use_dora)
+        added = None if exact and not settings.use_dora else adapters.delta(module, base)
+        if added is not None and settings.use_dora:
+            lengths[module] = (base(module).float().cpu() + added).norm(dim=1)
+        if exact is None:
+            assert added is not None
+            pieces = added.split(list(rows)) if fused and settings.qkv == "split" else (added,)
+            exact = [of_matrix(piece, settings.rank) for piece in pieces]
+            for piece, (a, b) in zip(pieces, exact, strict=True):
+                out, of = lost(piece, a, b)
+                left_out, whole = left_out + out, whole + of
+        layers[module] = exact
+    rank = Counter(a.shape[0] for pairs in layers.values() for a, _ in pairs).most_common(1)[0][0]
+    note = f"rank {rank}, {f'instead of the {settings.rank} set' if rank != settings.rank else 'as set'}"
+    if whole:
+        error = math.sqrt(left_out / whole)
+        note += f"; what is no plain LoRA there became the nearest one, relative error {error:.2g}"
+    return Start(layers, lengths, rank, f"started from {path.name}: {_with_notes(note, adapters)}")
+
+
+def start_lycoris(path: Path, transformer: Lumina2Transformer, layers: Mapping[str, LyCORISLinear]) -> str:
+    """Fill LyCORIS layers, which are in the transformer, with what a file adds, exactly.
+
+    The algorithm ``full`` takes every file; another takes what is of its own kind and size.
+
+    Returns:
+        What the user is told.
+
+    Raises:
+        ModelError: as of ``read_start``, or a layer cannot hold what is in the file.
+    """
+    adapters, base = _read(path, transformer), _weights(transformer)
+    _check_trained(path, adapters, list(layers))
+    for module, parts in adapters.modules.items():
+        layer = layers[module]
+        whole = parts[""] if "" in parts else join_layers(parts, adapters.config.qkv_rows)
+        if layer.settings.algo == "full":
+            bias = whole.bias if whole else None
+            whole = Layer("diff", {"diff": adapters.delta(module, base)}, bias=bias)
+        elif whole is not None:
+            whole = with_lengths(whole, lambda module=module: base(module))  # type: ignore[misc]
+        _fill(layer, whole, module, path)
+    return "; ".join((f"started from {path.name}", *adapters.notes))
+
+
+@torch.no_grad()
+def _fill(layer: LyCORISLinear, found: Layer | None, module: str, path: Path) -> None:
+    settings = layer.settings
+    where = f"init_lora: {path} cannot be the start of {settings.algo} on {module}: "
+    if settings.algo not in _KINDS or found is None or found.kind != _KINDS[settings.algo]:
+        kind = found.kind if found else "apart for query, key and value"
+        raise ModelError(f'{where}it is {kind} there. Choose that algo, or "full", which takes every file.')
+    if found.dora != settings.dora_wd or (found.dora and found.by_columns == settings.wd_on_output):
+        told = "without" if not found.dora else "by columns with" if found.by_columns else "by rows with"
+        raise ModelError(f"{where}it is {told} DoRA there. Set dora_wd and wd_on_output so.")
+    if found.dora and settings.multiplier != 1:
+        raise ModelError(f"{where}DoRA's lengths hold at full strength. Set multiplier to 1.")
+    own = dict(layer.lycoris.named_parameters())
+    if "scalar" in own:
+        own["scalar"].fill_(1)
+    factor = settings.multiplier * float(getattr(layer.lycoris, "scale", 1.0))
+    given = {_NAMES.get(name, name): tensor / factor if name in (*_FIRST, "a1", "b1") else tensor
+             for name, tensor in found.factors.items()}  # fmt: skip
+    if found.dora:
+        assert found.magnitude is not None
+        given["dora_scale"] = found.magnitude
+    if "bias" in own:
+        given["bias"] = torch.zeros_like(own["bias"]) if found.bias is None else found.bias / settings.multiplier
+    wanted = {name: weight.shape for name, weight in own.items() if name != "scalar"}
+    if wanted != {name: tensor.shape for name, tensor in given.items()}:
+        sizes = ", ".join(f"{name} {' × '.join(map(str, tensor.shape))}" for name, tensor in given.items())
+        raise ModelError(f"{where}it has {sizes} there. Set linear_dim, factor and the like to those of the file.")
+    for name, tensor in given.items():
+        own[name].copy_(tensor)
+
+
+def _read(path: Path, transformer: Lumina2Transformer) -> Adapters:
+    if not path.exists():
+        raise ModelError(f"init_lora: there is no file {path}. Correct the path.")
+    try:
+        return read_adapters(path, transformer.config)
+    except ModelError as error:
+        raise ModelError(f"init_lora: {error}") from None
+
+
+def _check_trained(path: Path, adapters: Adapters, targets: Sequence[str]) -> None:
+    outside = [module for module in adapters.modules if module not in targets]
     if outside:
         raise ModelError(
             f"init_lora: {path} has an adapter on {outside[0]}, which is not trained. Choose targets that hold it, "
             f'as in "all", or "regex:…".'
         )
-    linear, layers = linear_layers(transformer), {}
-    for module in dict.fromkeys(module for module, _ in found):
-        rows = transformer.config.qkv_rows if module.endswith("attention.qkv") else (linear[module].out_features,)
-        parts = {part: pair for (m, part), pair in found.items() if m == module}
-        pairs = _as_split(parts, rows) if settings.qkv == "split" else _as_one(parts, rows)
-        height, width = (sum(b.shape[0] for _, b in pairs), pairs[0][0].shape[1])
-        if (height, width) != (linear[module].out_features, linear[module].in_features):
-            raise ModelError(
-                f"init_lora: {path} fits a {module} of {height} × {width}; this model's is "
-                f"{linear[module].out_features} × {linear[module].in_features}. Choose a LoRA of this model."
-            )
-        layers[module] = pairs
-    rank = Counter(a.shape[0] for pairs in layers.values() for a, _ in pairs).most_common(1)[0][0]
-    given = f"instead of the {settings.rank} set" if rank != settings.rank else "as set"
-    return Start(layers, rank, f"started from {path.name}: rank {rank}, {given}")
 
 
-def _names(transformer: Lumina2Transformer) -> dict[str, tuple[str, int | None]]:
-    """Every name that a layer goes by, without prefixes: our name, and which of q, k and v it is."""
-    names: dict[str, tuple[str, int | None]] = {}
-    for module in linear_layers(transformer):
-        others: list[tuple[str, int | None]] = [(module, None)]
-        theirs = diffusers_modules(module)
-        others += [(name, part if len(theirs) == 3 else None) for part, name in enumerate(theirs)]
-        if module.endswith("attention.qkv"):
-            others += [(f"{module.removesuffix('qkv')}to_{letter}", part) for part, letter in enumerate("qkv")]
-        elif module.endswith("attention.out"):
-            others.append((f"{module.removesuffix('out')}to_out.0", None))
-        for name, part in others:
-            names[name] = names[name.replace(".", "_")] = (module, part)
-    return names
+def _weights(transformer: Lumina2Transformer) -> Weights:
+    """The base's weights by module, also of layers that are adapted already; each is good until the next is read."""
+    linear = linear_layers(transformer)
+
+    def weight(module: str) -> Tensor:
+        layer: nn.Module = transformer.get_submodule(module)
+        return dense_weight(layer.base_layer if isinstance(layer, AdaptedLinear) else linear[module])
+
+    return weight
 
 
-def _scale_in(metadata: Mapping[str, str]) -> float:
-    """What PEFT multiplies with, where diffusers wrote its configuration beside the weights."""
-    try:
-        told = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        rank, alpha = (float(told[f"transformer.{key}"]) for key in ("r", "lora_alpha"))
-    except (KeyError, TypeError, ValueError):
-        return 1.0
-    return alpha / (math.sqrt(rank) if told.get("transformer.use_rslora") else rank)
+def _with_notes(note: str, adapters: Adapters) -> str:
+    biases = any(layer.bias is not None for layer in adapters.layers.values())
+    return "; ".join(filter(None, (note, *adapters.notes, "its biases are left out" if biases and note else "")))
 
 
-def _pairs(
-    tensors: Mapping[str, Tensor], scale: float, names: Mapping[str, tuple[str, int | None]], source: str
-) -> dict[tuple[str, int | None], Pair]:
-    """A and B by layer and part, the scale in B.
-
-    Raises:
-        ModelError: a key is no half of a LoRA or belongs to no layer.
-    """
-    halves: dict[tuple[str, int | None], dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if not match:
-            raise ModelError(
-                f"init_lora: {source} holds {key!r}, which is no part of a plain LoRA. Start from a LoRA without "
-                "DoRA, LyCORIS or text encoder weights."
-            )
-        name = _PREFIX.sub("", match[1] or match[4], count=1)
-        if name not in names:
-            raise ModelError(f"init_lora: {source}: the key {key!r} belongs to no layer of this Lumina2.")
-        halves.setdefault(names[name], {})["A" if match[2] else "B" if match[3] else "alpha"] = tensor
-    pairs = {}
-    for place, half in halves.items():
-        if "A" not in half or "B" not in half:
-            raise ModelError(f"init_lora: {source} has only one half of the adapter on {place[0]}; it is damaged.")
-        alpha = half.get("alpha")
-        factor = scale if alpha is None else float(alpha) / half["A"].shape[0]
-        pairs[place] = (half["A"], half["B"] * factor)
-    return pairs
+def _pairs(parts: Mapping[str, Layer], rows: Sequence[int], split: bool, use_dora: bool) -> list[Pair] | None:
+    """A and B of a module's rows, in one or of each part; None: it is no LoRA that these can be."""
+    if any(layer.kind != "lora" or (layer.dora and not use_dora) or layer.by_columns for layer in parts.values()):
+        return None
+    plain = {part: replace(layer, magnitude=None, comfyui_scale=None, bias=None) for part, layer in parts.items()}
+    if not split:
+        whole = plain[""] if "" in plain else join_layers(plain, rows)
+        return [_pair(whole)] if whole else None
+    found = split_layer(plain[""], rows) if "" in plain else plain
+    if found is None:
+        return None
+    some = next(iter(found.values())).factors["A"]
+    nothing = {part: Layer("lora", {"A": some.clone(), "B": torch.zeros(height, len(some))})
+               for part, height in zip(PARTS, rows, strict=True)}  # fmt: skip
+    return [_pair(found.get(part, nothing[part])) for part in PARTS]
 
 
-def _as_one(parts: Mapping[int | None, Pair], rows: Sequence[int]) -> list[Pair]:
-    """One pair; of q, k and v A is stacked and B along a diagonal, zero where a part has none."""
-    if None in parts:
-        return [parts[None]]
-    a = torch.cat([pair[0] for _, pair in sorted(parts.items(), key=lambda part: part[0] or 0)])
-    blocks = [parts[n][1] if n in parts else torch.zeros(height, 0) for n, height in enumerate(rows)]
-    return [(a, torch.block_diag(*blocks))]
-
-
-def _as_split(parts: Mapping[int | None, Pair], rows: Sequence[int]) -> list[Pair]:
-    """A pair for each part of the rows; a fused one is shared out, and what is missing adds nothing yet."""
-    if None in parts:
-        a, b = parts[None]
-        return (
-            [(a.clone(), rows_of_b.clone()) for rows_of_b in b.split(list(rows))] if sum(rows) == len(b) else [(a, b)]
-        )
-    some = next(iter(parts.values()))[0]
-    return [parts.get(n, (some.clone(), torch.zeros(height, some.shape[0]))) for n, height in enumerate(rows)]
+def _pair(layer: Layer) -> Pair:
+    return layer.factors["A"], layer.factors["B"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..adapter.adapter import add_adapter
-from ..config.adapter import LoRASettings
+from ..config.adapter import started_anyhow
 from ..config.settings import TrainSettings
 from ..errors import Lumina2Error
 from ..model.config import TransformerConfig
@@ -124,9 +124,7 @@ def _forecast(
     plan: Plan, settings: TrainSettings, device: torch.device, measures: TransformerConfig
 ) -> tuple[Measured, Forecast]:
     side = max(_side(each.geometry.resolution, each.geometry.resolution_type) for each in plan.datasets) // 16 * 2
-    adapter = settings.adapter
-    if isinstance(adapter, LoRASettings):
-        adapter = replace(adapter, init_lora="", init="default")  # the same size, without reading a weight
+    adapter = started_anyhow(settings.adapter)
     kept = stored_in(device)
     selective = ("selective",) if settings.precision.gradient_checkpointing_selective else ()
     measured = measure(

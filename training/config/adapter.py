@@ -194,10 +194,11 @@ class LyCORISSettings:
     rescaled: bool = False
     init_lokr_norm: float = 0.0  # 0: off; else w1 = 1 and w2 like the base weight, times this (about 0.001)
     apply_preset: dict[str, Any] = field(default_factory=dict)
+    init_lora: str = ""  # a file to start from: with algo full any, else one of the same algo and sizes
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if each.name not in ("algo", "apply_preset"):
+            if each.name not in ("algo", "apply_preset", "init_lora"):
                 object.__setattr__(self, each.name, _typed(each.name, str(each.type), getattr(self, each.name)))
         object.__setattr__(self, "algo", str(self.algo).lower())
         if self.algo not in ALGOS:
@@ -266,11 +267,12 @@ class LyCORISSettings:
         return replace(start, **options)
 
     def as_json(self) -> dict[str, Any]:
-        """A ``lycoris_config`` that is read back as these settings."""
+        """A ``lycoris_config`` that is read back as these settings, the file to start from apart."""
         defaults = LyCORISSettings()
         changed = {
             f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != getattr(defaults, f.name)
         }
+        changed.pop("init_lora", None)
         return {"algo": self.algo, **changed}
 
 
@@ -289,7 +291,7 @@ def lycoris_from_json(config: Mapping[str, Any]) -> LyCORISSettings:
 
 
 def _known_options(options: Mapping[str, Any], place: str) -> dict[str, Any]:
-    known = [f.name for f in fields(LyCORISSettings)]
+    known = [f.name for f in fields(LyCORISSettings) if f.name != "init_lora"]
     found = {}
     for key, value in options.items():
         name = _ALIASES.get(key, key)
@@ -321,3 +323,12 @@ def _typed(name: str, kind: str, value: Any) -> Any:
 
 
 AdapterSettings = LoRASettings | LyCORISSettings | FullSettings
+
+
+def started_anyhow(adapter: AdapterSettings) -> AdapterSettings:
+    """An adapter of the same sizes that needs no weight and no file to begin with, for a forecast."""
+    if isinstance(adapter, LoRASettings):
+        return replace(adapter, init="default", init_lora="")
+    if isinstance(adapter, LyCORISSettings):
+        return replace(adapter, init_lokr_norm=0.0, init_lora="")
+    return adapter

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..adapter.adapter import add_adapter
-from ..config.adapter import LoRASettings
+from ..config.adapter import started_anyhow
 from ..config.settings import TrainSettings
 from ..errors import Lumina2Error
 from ..model.config import TransformerConfig
@@ -33,9 +32,7 @@ def what_would_fit(
         weight: one that is stored as the model's are, where they are not quantised.
     """
     device, precision, optimizer = weight.device, settings.precision, settings.optimizer
-    adapter = settings.adapter
-    if isinstance(adapter, LoRASettings):  # how it begins changes nothing, and needs weights
-        adapter = replace(adapter, init="default", init_lora="")
+    adapter = started_anyhow(settings.adapter)
     try:
         measured = measure(
             config,

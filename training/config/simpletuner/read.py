@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,8 @@ class _Reading:
         one_of("lora_type", lora_type, ("standard", "lycoris"))
         if lora_type == "lycoris":
             settings = lycoris(self.option("lycoris_config"), self.option("init_lokr_norm"), self.place, self.folders)
+            if start := self.option("init_lora"):
+                settings = replace(settings, init_lora=find_path(start, self.folders))
             return with_own(settings, self._own_of("lycoris_"))
         chosen: dict[str, Any] = {}
         for name, option in OPTIONS.items():

@@ -103,7 +103,8 @@ def _adapter(imported: Imported) -> dict[str, Any]:
     if isinstance(adapter, FullSettings):
         return {"model_type": "full"}
     if isinstance(adapter, LyCORISSettings):
-        norm = {"init_lokr_norm": adapter.init_lokr_norm} if adapter.init_lokr_norm else {}
+        norm: dict[str, Any] = {"init_lokr_norm": adapter.init_lokr_norm} if adapter.init_lokr_norm else {}
+        norm |= {"init_lora": adapter.init_lora} if adapter.init_lora else {}
         return {"model_type": "lora", "lora_type": "lycoris", "lycoris_config": lycoris_file(adapter), **norm}
     written: dict[str, Any] = {"model_type": "lora", "lora_type": "standard", "lora_rank": adapter.rank}
     if adapter.alpha:
