@@ -14,6 +14,7 @@ from .preview import Lumina2PreviewDataset
 from .routes import add_routes
 from .runs import Lumina2LoadRun
 from .settings import Lumina2LoRASettings, Lumina2LyCORISSettings, Lumina2TrainingSettings
+from .slider import Lumina2SliderSettings
 from .train import TrainLumina2Full, TrainLumina2LoRA
 from .validate import Lumina2ValidateSample
 from .validation import Lumina2ValidationSettings
@@ -36,6 +37,7 @@ class Lumina2Extension(ComfyExtension):
             Lumina2LoRASettings,
             Lumina2LyCORISSettings,
             Lumina2TrainingSettings,
+            Lumina2SliderSettings,
             Lumina2LoadConfig,
             Lumina2SaveConfig,
             Lumina2ReportSettings,

@@ -99,7 +99,10 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
                     tooltip="Validation Settings: their prompts are encoded too, and drawn while a run trains.",
                 ),
                 ConfigSocket.Input(
-                    "config", optional=True, tooltip="A config whose validation settings hold where none are wired."
+                    "config",
+                    optional=True,
+                    tooltip="A config: the prompts of its slider are encoded too, and its validation settings hold "
+                    "where none are wired.",
                 ),
             ],
             outputs=[EmbedsSocket.Output(display_name="embeds", tooltip="For the train node.")],
@@ -135,6 +138,7 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
             cache("text"),
             counting(progress, "encoding caption"),
             validation=validation or _validation_of(config),
+            others=config.slider if config else (),
         )
         cut = f"; {len(embeds.cut)} cut to {max_tokens} tokens, first: {embeds.cut[0][-60:]}" if embeds.cut else ""
         progress.say(f"captions of {embeds.count} pictures{cut}")

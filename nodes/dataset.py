@@ -124,6 +124,9 @@ def _rare() -> list[Any]:
                        "they teach composition rather than detail."),
         io.Float.Input("sigma_max", default=1.0, min=0.01, max=1.0, step=0.05, optional=True,
                        tooltip="Only noise levels up to here; 1 is pure noise. Below 0.6 they teach detail."),
+        io.String.Input("trigger_class", default="", optional=True,
+                        tooltip="For regularisation data with a trigger word: what the base model reads in its place, "
+                        "such as dog. So the trigger stays a dog where it is not your dog."),
     ]  # fmt: skip
 
 
@@ -393,6 +396,7 @@ def dataset_settings(
             prepend_instance_prompt=rare["prepend_instance_prompt"],
             only_instance_prompt=rare["only_instance_prompt"],
             trigger_word=rare["trigger_word"].strip(),
+            trigger_class=rare["trigger_class"].strip(),
             disable_multiline_split=rare["disable_multiline_split"],
             caption_shuffle=CaptionShuffle(
                 enable=rare["caption_shuffle"],

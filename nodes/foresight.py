@@ -10,7 +10,7 @@ from typing import Any
 
 import folder_paths
 
-from ..training.config.adapter import AdapterSettings, FullSettings, LoRASettings
+from ..training.config.adapter import AdapterSettings, FullSettings, LoRASettings, started_anyhow
 from ..training.config.optim import OptimizerSettings
 from ..training.config.settings import Config, TrainSettings
 from ..training.data.dataset import Dataset
@@ -30,6 +30,7 @@ from .dataset import (
 from .glimpse import glimpse
 from .loader import Lumina2LoadDiffusers, model_folders
 from .settings import Lumina2LoRASettings, Lumina2LyCORISSettings, Lumina2TrainingSettings
+from .slider import Lumina2SliderSettings
 
 EVALUATED = {
     cls.__name__: cls
@@ -37,6 +38,7 @@ EVALUATED = {
         Lumina2LoRASettings,
         Lumina2LyCORISSettings,
         Lumina2TrainingSettings,
+        Lumina2SliderSettings,
         Lumina2LoadConfig,
         Lumina2DatasetOptions,
     )
@@ -212,7 +214,9 @@ def forecast_of(train: Shown) -> dict[str, Any]:
         return {"known": False, "why": str(what)}
     stored = dtype or management.unet_dtype(device=device, supported_dtypes=_dtypes())
     computed = choose_computing(settings.precision, device).dtype
-    measured = _measured(config, Shape(settings.batch_size, side, side), settings.adapter, stored, computed)
+    measured = _measured(
+        config, Shape(settings.batch_size, side, side), started_anyhow(settings.adapter), stored, computed
+    )
     optimizer = settings.optimizer
     choice = (settings.precision, optimizer.optimizer, optimizer.fused_backward, device.type)
     found = forecast(measured, *choice)

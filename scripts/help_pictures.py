@@ -61,6 +61,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": "on",
         "checkpoint_step_interval": 250,
     },
+    "Lumina2SliderSettings": {"positive": "a smiling face", "negative": "a crying face", "scale": 2},
     "Lumina2LoadConfig": {"file": "bundled: nano-simpletuner"},
     "Lumina2SaveConfig": {"name": "zorblax", "steps": 1000, "learning_rate": 0.0001},
     "Lumina2ReportSettings": {"tensorboard": True},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,8 +34,10 @@ class Examples:
     embeddings: list[Tensor]
 
 
-def mixed(datasets: Mapping[str, Mapping[str, Any]], folder: Path) -> tuple[LatentCache, TextCache]:
-    """Bundled datasets, each with what mixes it, cached together as the cache nodes do."""
+def mixed(
+    datasets: Mapping[str, Mapping[str, Any]], folder: Path, others: Sequence[str] = ()
+) -> tuple[LatentCache, TextCache]:
+    """Bundled datasets, each with what mixes it, and further prompts, cached together as the cache nodes do."""
     dataset: Dataset | None = None
     for name, mix in datasets.items():
         settings = DatasetSettings(
@@ -61,6 +63,7 @@ def mixed(datasets: Mapping[str, Mapping[str, Any]], folder: Path) -> tuple[Late
         SYSTEM_PROMPTS["superior"],
         256,
         Store(str(folder / "text")),
+        others=others,
     )
     return latents, texts
 

@@ -29,6 +29,7 @@ NODES = {
     "Lumina2ValidateSample": "Validate Sample",
     "Lumina2PushToHub": "Push to Hub",
     "Lumina2ReportSettings": "Tracking Settings",
+    "Lumina2SliderSettings": "Slider Settings",
     "Lumina2SaveConfig": "Save Training Config",
     "Lumina2LoadConfig": "Load Training Config",
     "TrainLumina2Full": "Train Lumina2 (full fine-tune)",

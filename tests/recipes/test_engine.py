@@ -9,9 +9,10 @@ import torch
 from nano.golden import losses as golden_losses
 from nano.golden import recipes
 from nano.matrix import ADAPTERS, FALL, PRECISIONS, Combination, losses
-from nano.trial import examples, mixed, scale_latents, transformer
+from nano.trial import embed, examples, mixed, scale_latents, transformer
 
 from training.adapter.adapter import add_adapter
+from training.adapter.base import AdaptedLinear
 from training.config.adapter import LoRASettings
 from training.config.objective import ObjectiveSettings
 from training.config.optim import OPTIMIZERS, OptimizerSettings
@@ -113,28 +114,34 @@ def test_two_batches_of_one_are_a_batch_of_two_in_any_order():
     assert (gradients(style_batch((0,))) - both).norm() > 0.1 * both.norm()
 
 
-def trained(datasets, steps, folder):
-    """The nano model with a LoRA of the concept in it."""
+def trained(datasets, steps, folder, slider=("", ""), **objective):
+    """The nano model with a LoRA of what is taught in it."""
     model = transformer()
     settings = TrainSettings(
         steps=steps,
         batch_size=4,
         adapter=LoRASettings(8, targets="attention+ff"),
         optimizer=OptimizerSettings(learning_rate=1e-3),
-        objective=ObjectiveSettings(caption_dropout_probability=0),
+        objective=ObjectiveSettings(
+            caption_dropout_probability=0, slider_positive=slider[0], slider_negative=slider[1], **objective
+        ),
     )
     store = RunStore(folder / "runs", folder / "loras")
-    train_lora(model, *mixed(datasets, folder), settings, Request("prior"), store, scale_latents)
+    train_lora(model, *mixed(datasets, folder, slider), settings, Request("prior"), store, scale_latents)
     return model
 
 
 @torch.no_grad()
-def predictions(model, name):
-    """Velocities at fixed noise levels of every picture of a set, and what they should be."""
+def predictions(model, name, prompt=None):
+    """Velocities at fixed noise levels of every picture of a set, and what they should be.
+
+    ``prompt``: what is said of them instead of their captions.
+    """
     chosen = examples(name)
     order = sorted(range(len(chosen.latents)), key=lambda row: len(chosen.embeddings[row]))
     latents = torch.stack([scale_latents(chosen.latents[row]) for row in order])
-    captions = [chosen.embeddings[row] for row in order]
+    said = None if prompt is None else embed(prompt)
+    captions = [chosen.embeddings[row] if said is None else said for row in order]
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
     padded = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
     found = []
@@ -158,3 +165,21 @@ def test_regularisation_keeps_the_model_where_the_trigger_is_not(tmp_path):
         prediction, target = predictions(model, "concept")
         losses_.append((prediction - target).square().mean().item())
     assert losses_[1] == pytest.approx(losses_[0], rel=0.1)
+
+
+def test_the_strength_of_a_slider_leads_from_one_prompt_to_the_other(tmp_path):
+    """On pictures and captions that it was not trained on; at -1 it leads back, and at 0 nothing is changed."""
+    prompts = ("smiling face", "crying face")
+    model = trained({"style": {}}, 60, tmp_path, prompts, slider_scale=2.0)
+    base, positive, negative = (predictions(transformer(), "style_heldout", prompt)[0] for prompt in (None, *prompts))
+    way = 2 * (positive - negative)
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    for strength in (1.0, -1.0):
+        for layer in layers:
+            layer.strength = strength
+        moved = strength * (predictions(model, "style_heldout")[0] - base)
+        assert torch.cosine_similarity(moved.flatten(), way.flatten(), dim=0) > 0.5
+        assert 0.3 * way.norm() < moved.norm() < way.norm()
+    for layer in layers:
+        layer.strength = 0.0
+    assert (predictions(model, "style_heldout")[0] - base).abs().max() < 1e-4

@@ -28,6 +28,7 @@ from training.config.settings import TrainSettings
 from training.data.dataset import append, decode_row, load_dataset
 from training.errors import CacheError, DataError, SettingError
 from training.run.batches import Batches
+from training.run.identity import data_identity
 
 
 class Encoder:
@@ -83,10 +84,10 @@ class Cache:
         dataset = dataset or self.dataset(**groups)
         return cache_latents(dataset, self.encoder.encode, vae, self.latent_store, batch_size)
 
-    def texts(self, dataset=None, encoder="gemma", system="", tokens=256, **groups):
+    def texts(self, dataset=None, encoder="gemma", system="", tokens=256, others=(), **groups):
         self.encoder.texts.clear()
         dataset = dataset or self.dataset(**groups)
-        return cache_texts(dataset, self.encoder.embed, encoder, system, tokens, self.text_store)
+        return cache_texts(dataset, self.encoder.embed, encoder, system, tokens, self.text_store, others=others)
 
 
 @pytest.fixture
@@ -256,6 +257,45 @@ def test_edited_captions_are_what_is_embedded(cache):
     texts = cache.texts(captions=CaptionSettings(trigger_word="zorblax", caption_shuffle=shuffle))
     assert all("zorblax" in text for text in cache.encoder.texts if text)
     assert len(texts.rows().variants(0)) > 2
+
+
+def test_regularisations_teacher_reads_the_class_in_place_of_the_trigger(cache):
+    def made(**captions):
+        captions = CaptionSettings(trigger_word="sks", **captions)
+        dataset = cache.dataset(captions=captions, mix=MixSettings(is_regularisation_data=True))
+        return cache.latents(dataset), cache.texts(dataset)
+
+    caches = made(trigger_class="a dog")
+    assert {text.partition(",")[0] for text in cache.encoder.texts if text} == {"sks", "a dog"}
+    settings = TrainSettings(batch_size=2, objective=ObjectiveSettings(caption_dropout_probability=0))
+    for number in range(2):
+        with Batches(*caches, settings, lambda z: z) as batches:
+            batch = batches.make(number)
+        assert [own + 2 for own in batch.lengths] == list(batch.taught.lengths)  # a token a letter
+    assert data_identity(*caches) != data_identity(*made())
+    with Batches(*made(), settings, lambda z: z) as batches:
+        assert batches.make(0).taught is None
+    dropped = replace(settings, objective=ObjectiveSettings(caption_dropout_probability=1))
+    with Batches(*caches, dropped, lambda z: z) as batches:
+        batch = batches.make(0)
+        assert batch.taught.lengths == batch.lengths
+
+
+def test_a_sliders_prompts_are_encoded_once_and_go_with_each_batch(cache):
+    latents, texts = cache.latents(), cache.texts(others=("happy!", "sad"), system="You draw.")
+    assert "You draw. <Prompt Start> sad" in cache.encoder.texts
+    cache.texts(others=("sad", ""), system="You draw.")
+    assert cache.encoder.texts == []
+    settings = TrainSettings(batch_size=2, objective=ObjectiveSettings(slider_positive="happy!", slider_negative="sad"))
+    with Batches(latents, texts, settings, lambda z: z) as batches:
+        first, second = batches.make(0), batches.make(1)
+    (positive, negative), read = first.slider, texts.store.open().read
+    assert torch.equal(positive.captions, torch.stack([read(texts.others["happy!"])] * 2))
+    assert positive.lengths == (positive.captions.shape[1],) * 2
+    assert negative.lengths[0] == positive.lengths[0] - 3
+    assert (first.strength, second.strength) == (1, -1)
+    with pytest.raises(SettingError, match=r"The slider's prompt 'sad' was not encoded\. Wire the Slider Settings"):
+        Batches(latents, cache.texts(others=("happy!",)), settings, lambda z: z)
 
 
 def test_captions_that_were_cut_are_named_again_each_time(cache, folder):

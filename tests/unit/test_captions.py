@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.config.dataset import CaptionSettings, CaptionShuffle
+from training.config.dataset import CaptionSettings, CaptionShuffle, DatasetSettings
 from training.data.captions import (
     CaptionEditor,
     LengthReport,
@@ -236,6 +236,16 @@ def test_tags_are_left_out_and_the_others_keep_their_order():
 def test_something_is_always_said():
     settings = CaptionSettings(**shuffle(enable=False, count=50, tag_dropout=0.99, include_original=False))
     assert set(edit_captions(("a, b",), settings, "a.png")) == {"a", "b"}
+
+
+def test_a_teacher_reads_the_class_in_place_of_the_trigger():
+    edit = CaptionEditor(CaptionSettings(trigger_word="sks", trigger_class="a dog"))
+    assert edit.for_teacher("SKS, sks asks") == "a dog, a dog asks"
+    assert CaptionEditor(CaptionSettings(trigger_word="sks")).for_teacher("sks runs") == "sks runs"
+    with pytest.raises(SettingError, match=r"trigger_class is 'dog'.*trigger_word"):
+        CaptionSettings(trigger_class="dog")
+    with pytest.raises(SettingError, match=r"trigger_class is 'dog'.*is_regularisation_data"):
+        DatasetSettings("a", captions=CaptionSettings(trigger_word="sks", trigger_class="dog"))
 
 
 def test_the_trigger_word_is_never_left_out():

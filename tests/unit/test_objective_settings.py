@@ -2,7 +2,9 @@
 
 import pytest
 
+from training.config.adapter import FullSettings, LoRASettings, LyCORISSettings
 from training.config.objective import ObjectiveSettings, ScheduledSamplingSettings
+from training.config.settings import TrainSettings
 from training.errors import SettingError
 
 
@@ -34,6 +36,9 @@ from training.errors import SettingError
         {"input_perturbation": -0.1},
         {"input_perturbation_steps": -1},
         {"caption_dropout_probability": 2},
+        {"slider_negative": "sad"},
+        {"slider_negative": "sad ", "slider_positive": "sad"},
+        {"slider_scale": 0},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong):
@@ -87,3 +92,11 @@ def test_whole_numbers_and_lists_are_the_same_settings():
     assert ObjectiveSettings(huber_c=2, huber_schedule="constant").huber_c == 2
     assert ObjectiveSettings(flow_custom_timesteps=(0, 1)).custom_sigmas == (0, 1)
     assert ObjectiveSettings(flow_custom_timesteps=(0, 1, 500)).custom_sigmas == (0, 0.001, 0.5)
+
+
+@pytest.mark.parametrize(
+    "adapter", [FullSettings(), LoRASettings(use_dora=True), LyCORISSettings(algo="loha", dora_wd=True)]
+)
+def test_only_what_has_a_strength_becomes_a_slider(adapter):
+    with pytest.raises(SettingError, match=r"^slider_positive is 'happy'; only what has a strength"):
+        TrainSettings(adapter=adapter, objective=ObjectiveSettings(slider_positive="happy"))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,15 +52,16 @@ class TextCache:
     cut: tuple[str, ...] = field(default=(), compare=False)  # the first captions that were longer than allowed
     skipped: tuple[str, ...] = field(default=(), compare=False)
     validation: Validation | None = field(default=None, compare=False)  # None: another node's embeddings
+    others: Mapping[str, str] = field(default_factory=dict, compare=False)  # keys of further prompts
 
     def rows(self) -> TextRows:
         table = read_manifest(Path(self.manifest))
-        keys = table["keys"].combine_chunks()
         return TextRows(
             part=table["part"].to_numpy(),
             id=table["id"].to_numpy(zero_copy_only=False),
-            keys=np.array(keys.flatten().to_pylist(), dtype="S40"),
-            ends=np.asarray(keys.value_lengths()).cumsum(),
+            keys=_flat(table["keys"]),
+            ends=np.asarray(table["keys"].combine_chunks().value_lengths()).cumsum(),
+            taught=_flat(table["taught"]) if "taught" in table.column_names else None,
         )
 
 
@@ -71,9 +72,21 @@ class TextRows(NamedTuple):
     id: np.ndarray
     keys: np.ndarray  # S40, of all rows one after the other
     ends: np.ndarray  # (N,) where the keys of a row end
+    taught: np.ndarray | None = None  # as ``keys``: what regularisation's teacher reads; None: always the same
 
     def variants(self, row: int) -> list[str]:
-        return [key.decode() for key in self.keys[self.ends[row - 1] if row else 0 : self.ends[row]]]
+        return self._of(self.keys, row)
+
+    def taught_variants(self, row: int) -> list[str]:
+        """What the teacher reads for each of ``variants``."""
+        return self._of(self.keys if self.taught is None else self.taught, row)
+
+    def _of(self, keys: np.ndarray, row: int) -> list[str]:
+        return [key.decode() for key in keys[self.ends[row - 1] if row else 0 : self.ends[row]]]
+
+
+def _flat(column: Any) -> np.ndarray:
+    return np.array(column.combine_chunks().flatten().to_pylist(), dtype="S40")
 
 
 def cache_texts(
@@ -86,6 +99,7 @@ def cache_texts(
     on_text: Progress = lambda done, total: None,
     write_batch_size: int = 128,
     validation: ValidationSettings | None = None,
+    others: Sequence[str] = (),
 ) -> TextCache:
     """Embed every caption behind the system prompt, and the raw empty text, in bf16 and without padding.
 
@@ -94,6 +108,7 @@ def cache_texts(
 
     Args:
         encoder: the text encoder's fingerprint.
+        others: further prompts, as those of a slider.
 
     Raises:
         DataError: no picture has a caption left after editing.
@@ -108,6 +123,7 @@ def cache_texts(
     parts: list[np.ndarray] = []
     ids: list[str] = []
     keys: list[list[str]] = []
+    taught: list[list[str]] = []
     waiting: dict[str, str] = {}  # key -> text
     cut: list[str] = []
     first: list[tuple[str, str]] = []
@@ -139,6 +155,11 @@ def cache_texts(
                 texts |= zip(named, variants, strict=True)
                 ids.append(id)
                 keys.append(named)
+                taught.append(named)
+                if part.settings.captions.trigger_class:
+                    read = [with_system_prompt(edit.for_teacher(caption), system_prompt) for caption in captions]
+                    taught[-1] = [key(text) for text in read]
+                    texts |= zip(taught[-1], read, strict=True)
                 kept += 1
             found = catalog.find(list(texts))
             for (name, text), place in zip(texts.items(), found, strict=True):
@@ -153,7 +174,8 @@ def cache_texts(
     prompts = chosen or tuple(unique_names(first))
     said = {prompt: with_system_prompt(prompt.text, system_prompt) if prompt.text else "" for prompt in prompts}
     negative = validation.validation_negative_prompt if validation else ""
-    also = list(dict.fromkeys(["", negative, *(said.values() if chosen else ())]))
+    further = {text: with_system_prompt(text, system_prompt) if text else "" for text in others}
+    also = list(dict.fromkeys(["", negative, *(said.values() if chosen else ()), *further.values()]))
     waiting |= {key(text): text for text in also if key(text) not in catalog}
     with Writer(catalog, write_batch_size) as writer:
         for done, (name, text) in enumerate(waiting.items()):
@@ -169,6 +191,8 @@ def cache_texts(
         "also": [key(text) for text in also],
     }
     columns = {"part": np.concatenate(parts), "id": ids, "keys": keys}
+    if taught != keys:
+        columns["taught"] = taught
     manifest = write_manifest(Path(store.folder), subject, columns)
     embedded = tuple(EmbeddedPrompt(prompt, key(text)) for prompt, text in said.items())
     return TextCache(
@@ -179,4 +203,5 @@ def cache_texts(
         tuple(cut[:NAMED]),
         (*dataset.skipped, *skipped),
         Validation(embedded, key(negative), system_prompt, max_tokens, validation),
+        {text: key(read) for text, read in further.items()},
     )

@@ -95,6 +95,7 @@ def fill(plan: Plan, model: Model, device: torch.device, terminal: Terminal) -> 
         terminal.counting("encoding caption"),
         plan.text_cache.write_batch_size,
         validation,
+        plan.config.config.slider,
     )
     for sentence in dict.fromkeys((*latents.skipped, *texts.skipped)):
         terminal.say(f"skipped: {sentence}")

@@ -160,6 +160,7 @@ class CaptionSettings:
     prepend_instance_prompt: bool = False
     only_instance_prompt: bool = False
     trigger_word: str = ""  # stands first in every caption that does not hold it already
+    trigger_class: str = ""  # what the base model reads for it where these pictures are regularisation data: "dog"
     disable_multiline_split: bool = False  # a text file is one caption, its lines joined by a space
     caption_shuffle: CaptionShuffle = CaptionShuffle()
     caption_filter_list: tuple[str, ...] = ()  # plain text or regex to take out, or s/regex/text/
@@ -173,6 +174,12 @@ class CaptionSettings:
             "instance_prompt",
             "",
             "write what the pictures show; caption_strategy or prepend_instance_prompt ask for it",
+        )
+        require(
+            not self.trigger_class or bool(self.trigger_word.strip()),
+            "trigger_class",
+            self.trigger_class,
+            "set the trigger_word that it stands for, or leave it out",
         )
         dropout = self.caption_dropout_probability
         require(
@@ -260,3 +267,11 @@ class DatasetSettings:
     captions: CaptionSettings = field(default_factory=CaptionSettings)
     mix: MixSettings = field(default_factory=MixSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
+
+    def __post_init__(self) -> None:
+        require(
+            not self.captions.trigger_class or self.mix.is_regularisation_data,
+            "trigger_class",
+            self.captions.trigger_class,
+            "only regularisation data have a teacher that reads it: switch is_regularisation_data on, or leave it out",
+        )

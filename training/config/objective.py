@@ -107,6 +107,10 @@ class ObjectiveSettings:
     input_perturbation: float = 0.0  # more noise in what it sees, not in what it has to say
     input_perturbation_steps: int = 0  # it falls to 0 over so many training steps; 0: it stays
     caption_dropout_probability: float = 0.1  # the share of samples whose caption is the empty text
+    # A slider: not the pictures are learned, but on them the way between two prompts
+    slider_positive: str = ""  # where the adapter leads at strength 1; empty: no slider
+    slider_negative: str = ""  # where it leads at strength -1
+    slider_scale: float = 1.0  # so many times the way from the negative prompt to the positive one
     scheduled_sampling: ScheduledSamplingSettings = ScheduledSamplingSettings()
 
     def __post_init__(self) -> None:
@@ -156,6 +160,17 @@ class ObjectiveSettings:
             check(name, 0 <= getattr(self, name) <= 1, "choose 0 to 1")
         for name in ("prior_loss_weight", "input_perturbation", "input_perturbation_steps"):
             check(name, 0 <= getattr(self, name) < math.inf, "choose 0 or more")
+        for name in ("slider_positive", "slider_negative"):
+            object.__setattr__(self, name, getattr(self, name).strip())
+        remedy = "a slider needs a slider_positive that is another prompt"
+        check("slider_negative", not self.slider_negative or bool(self.slider_positive), remedy)
+        check("slider_negative", not self.slider or self.slider_positive != self.slider_negative, remedy)
+        check("slider_scale", 0 < self.slider_scale < math.inf, "choose a number above 0, such as 1")
+
+    @property
+    def slider(self) -> tuple[str, str] | None:
+        """Its positive and its negative prompt."""
+        return (self.slider_positive, self.slider_negative) if self.slider_positive else None
 
     @property
     def custom_sigmas(self) -> tuple[float, ...]:

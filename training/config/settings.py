@@ -50,6 +50,13 @@ class TrainSettings:
         self.optimizer.check_run(self.steps, self.full_fine_tune)
         if self.full_fine_tune:
             self.precision.check_full_fine_tune()
+        if self.objective.slider:
+            remedy = "only what has a strength becomes a slider: train a LoRA or LyCORIS without DoRA, or empty it"
+            adapter = self.adapter
+            lengths = isinstance(adapter, LoRASettings) and adapter.use_dora
+            lengths = lengths or (isinstance(adapter, LyCORISSettings) and adapter.dora_wd)
+            fits = not self.full_fine_tune and not lengths
+            require(fits, "slider_positive", self.objective.slider_positive, remedy)
 
     @property
     def full_fine_tune(self) -> bool:
@@ -93,6 +100,12 @@ class Config:
         """``settings`` with what was chosen; an adapter's own where the adapter is of that kind."""
         known = settings.written()
         return with_values(settings, {name: value for name, value in self.values.items() if name in known})
+
+    @property
+    def slider(self) -> tuple[str, ...]:
+        """The prompts of a slider, which need embeddings beside the captions'."""
+        names = ("slider_positive", "slider_negative") if self.values.get("slider_positive") else ()
+        return tuple(str(self.values.get(name, "")).strip() for name in names)
 
     @property
     def validation(self) -> ValidationSettings:

@@ -144,6 +144,11 @@ class CaptionEditor:
                 texts.update(dict.fromkeys(start + body for body in self._bodies(caption, id)))
         return tuple(texts)
 
+    def for_teacher(self, text: str) -> str:
+        """What the base model reads where a text is regularisation's: the class in place of the trigger word."""
+        kind = self._settings.trigger_class.strip()
+        return self._holds_trigger.sub(lambda _: kind, text) if kind else text
+
     @property
     def _prepends(self) -> bool:
         return self._settings.prepend_instance_prompt and not self._is_prompt

@@ -19,6 +19,17 @@ def velocity(latents: Tensor, noise: Tensor) -> Tensor:
     return latents.float() - noise.float()
 
 
+def slider_target(neutral: Tensor, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """Where a slider leads: ``v(caption) + s·(v(positive) − v(negative))``, each the base model's velocity, in fp32.
+
+    Args:
+        scale: s, with the sign of the strength that the adapter acts with.
+
+    Source: Gandikota et al. 2023, "Concept Sliders" (arXiv 2311.12092), eq. 8.
+    """
+    return neutral.float() + scale * (positive.float() - negative.float())
+
+
 def perturbation(settings: ObjectiveSettings, step: int) -> float:
     """How much noise is added to the noise that the network sees, ``step`` training steps after the first.
 

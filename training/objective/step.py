@@ -33,8 +33,8 @@ def training_losses(
         levels: of ``plan_rollout``, whose last column is ``sigmas``, on the CPU; None: no scheduled sampling, as
             for an evaluation.
         mask: (B, 1, H, W) in [0, 1].
-        teacher: for regularisation data: its velocity for the very latents that the network sees is the target
-            instead of z − ε, and ReflexFlow, which aims at the picture, is left out.
+        teacher: for regularisation data and sliders: its velocity for the very latents that the network sees is the
+            target instead of z − ε, and ReflexFlow, which aims at the picture, is left out.
     """
     everyone = list(range(len(latents)))
     seen_noise = noise if seen_noise is None else seen_noise

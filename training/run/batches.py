@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,18 @@ from .processes import ALONE, Processes
 KEPT_BYTES = 2**30  # of cache entries, so that a small dataset is read from disk once
 
 
+class Said(NamedTuple):
+    """What is said of each sample of a batch."""
+
+    captions: Tensor  # (B, tokens, width), padded on the right
+    lengths: tuple[int, ...]  # tokens of each that count
+
+    def of(self, rows: list[int]) -> Said:
+        if len(rows) == len(self.lengths):
+            return self
+        return Said(self.captions[rows], tuple(self.lengths[row] for row in rows))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Samples with captions of one length are next to each other."""
@@ -50,6 +62,13 @@ class Batch:
     refined: bool = False  # captions have been through the context refiner
     levels: Tensor | None = None  # scheduled sampling: the levels that each sample passes; stays on the CPU
     dataset: str = ""  # its id; empty where there is only one
+    taught: Said | None = None  # what the base model reads of regularisation data, where that is not the caption
+    slider: tuple[Said, Said] | None = None  # the prompts that it leads to and from
+    strength: float = 1.0  # that the adapter acts with: a slider's batches have 1 and -1 in turn
+
+    @property
+    def said(self) -> Said:
+        return Said(self.captions, self.lengths)
 
     def weight(self, objective: ObjectiveSettings) -> float:
         """What its loss counts beside that of other batches."""
@@ -64,6 +83,14 @@ class Batch:
     def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
         names = ("latents", "noise", "sigmas", "captions", "seen_noise", "masks")
         moved: dict[str, Any] = {name: move(getattr(self, name)) for name in names if getattr(self, name) is not None}
+
+        def read(said: Said) -> Said:
+            return said._replace(captions=move(said.captions))
+
+        if self.taught:
+            moved["taught"] = read(self.taught)
+        if self.slider:
+            moved["slider"] = (read(self.slider[0]), read(self.slider[1]))
         return replace(self, **moved)
 
 
@@ -163,6 +190,7 @@ class Batches:
         self._objectives = [_objective(settings.objective, part) for part in latents.parts]
         self._examples = join(latents, texts)
         self._texts, self._empty = texts.rows(), texts.empty
+        self._slider = [_key_of_prompt(texts, prompt) for prompt in settings.objective.slider or ()]
         self._text_entries = texts.store.open()
         self._entries = [None if part.online else part.store.open() for part in latents.parts]
         online = [part for part in latents.parts if part.online]
@@ -220,7 +248,7 @@ class Batches:
         perturbed = perturbation(objective, optimizer_step)
         size, first = len(draw.rows), number * len(draw.rows)
         shape = examples.shapes[draw.rows[0]].tolist()
-        noise, more, levels, captions, chances = [], [], [], [], []
+        noise, more, levels, captions, taught, chances = [], [], [], [], [], []
         for place, row in enumerate(draw.rows.tolist()):
             generator = _generator(settings.seed, first + place)
             noise.append(torch.randn(shape, generator=generator))
@@ -231,8 +259,12 @@ class Batches:
                 more.append(torch.randn(shape, generator=generator))
             variant, dropped = chance[:2].tolist()
             variants = self._texts.variants(examples.captions[row])
-            text = self._empty if dropped < dropout else variants[int(variant * len(variants))]
+            chosen = int(variant * len(variants))
+            text = self._empty if dropped < dropout else variants[chosen]
             captions.append(self._caption(text))
+            if part.mix.is_regularisation_data and self._texts.taught is not None:
+                read = text if text == self._empty else self._texts.taught_variants(examples.captions[row])[chosen]
+                taught.append(self._caption(read))
         _, _, flip, rolls, whence, masked = torch.stack(chances).unbind(1)
         mirrored = [part.flips and chance < 0.5 for chance in flip.tolist()]
         clean = self._scale(self._latents(draw, mirrored).float())
@@ -245,12 +277,13 @@ class Batches:
         # Samples of one caption length are next to each other: they share their attention's call.
         order = sorted(range(size), key=lambda place: len(captions[place]))
         seen = perturb(noises, torch.stack(more), perturbed) if perturbed else None
+        said = _said([captions[place] for place in order])
         batch = Batch(
             latents=clean[order],
             noise=noises[order],
             sigmas=sigmas[order],
-            captions=nn.utils.rnn.pad_sequence([captions[place] for place in order], batch_first=True),
-            lengths=tuple(len(captions[place]) for place in order),
+            captions=said.captions,
+            lengths=said.lengths,
             regularisation=part.mix.is_regularisation_data,
             dataset=part.id if len(self._parts) > 1 else "",
             seen_noise=None if seen is None else seen[order],
@@ -259,7 +292,11 @@ class Batches:
             levels=plan_rollout(
                 sigmas[order], rolls[order], whence[order], objective.scheduled_sampling, optimizer_step
             ),
+            taught=_said([taught[place] for place in order]) if taught else None,
         )
+        if self._slider:
+            positive, negative = (_said([self._caption(key)] * size) for key in self._slider)
+            batch = replace(batch, slider=(positive, negative), strength=-1.0 if number % 2 else 1.0)
         return batch.pinned() if torch.cuda.is_available() else batch
 
     def _masks(self, draw: Draw, mirrored: list[bool]) -> Tensor | None:
@@ -327,6 +364,20 @@ class _Online:
             pictures.append(picture[:, ::-1] if flip else picture)
         with torch.no_grad():
             return self._encode(torch.from_numpy(np.stack(pictures)).float().div_(255)).cpu()
+
+
+def _said(captions: list[Tensor]) -> Said:
+    return Said(nn.utils.rnn.pad_sequence(captions, batch_first=True), tuple(map(len, captions)))
+
+
+def _key_of_prompt(texts: TextCache, prompt: str) -> str:
+    """Raises SettingError where it was not embedded."""
+    if prompt not in texts.others:
+        raise SettingError(
+            f"The slider's prompt {prompt!r} was not encoded. Wire the Slider Settings into the config of Cache Text "
+            "Embeds, too."
+        )
+    return texts.others[prompt]
 
 
 def _objective(settings: ObjectiveSettings, part: LatentPart) -> ObjectiveSettings:

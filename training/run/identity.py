@@ -48,6 +48,8 @@ def _part_hash(examples: Examples, said: TextRows) -> str:
         digest.update(np.ascontiguousarray(examples.masks).tobytes())
     for row in examples.captions.tolist():
         digest.update("".join(said.variants(row)).encode() + b"\0")
+        if said.taught_variants(row) != said.variants(row):
+            digest.update("".join(said.taught_variants(row)).encode() + b"\1")
     return digest.hexdigest()
 
 
@@ -77,8 +79,9 @@ def run_identity(
     decided = deciding(settings)
     if (batches := settings.optimizer.gradient_accumulation_steps * processes) > 1:
         decided["gradient_accumulation_steps"] = batches
-    if decided.get("lora_init_lora"):  # what it holds, wherever it lies
-        decided["lora_init_lora"] = _file_hash(Path(decided["lora_init_lora"]))
+    for name in ("lora_init_lora", "lycoris_init_lora"):
+        if decided.get(name):  # what it holds, wherever it lies
+            decided[name] = _file_hash(Path(decided[name]))
     decides = {
         "version": IDENTITY_VERSION,
         "settings": decided,

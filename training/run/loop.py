@@ -15,7 +15,7 @@ from ..model.linear import release_scratch
 from ..model.packing import pack
 from ..model.precision import LossScale
 from ..model.transformer import Lumina2Transformer
-from ..objective.loss import batch_loss
+from ..objective.loss import batch_loss, slider_target
 from ..objective.rollout import Predict
 from ..objective.step import training_losses
 from ..optim.averages import EMA
@@ -23,7 +23,7 @@ from ..optim.backward import AnyOptimizer, OptimizerInBackward
 from ..optim.build import build_optimizer
 from ..optim.schedule import learning_rate_factor, set_learning_rate
 from ..optim.step import clip_gradients, step_optimizer
-from .batches import Batch, Batches
+from .batches import Batch, Batches, Said
 from .ledger import READ_EVERY, Ledger, Part
 from .processes import ALONE, Processes
 from .shards import Shards
@@ -99,9 +99,10 @@ def train(
                     if state.adapter.draws:
                         torch.manual_seed((settings.seed * 1_000_003 + number) % 2**63)
                     batch = batches.take(number)
-                    each = losses_of(transformer, state.adapter, batch.to(device), settings)
-                    loss = batch_loss(each, batch.weight(settings.objective)) / accumulated
-                    (state.loss_scale.scale(loss) if state.loss_scale else loss).backward()
+                    with state.adapter.at(batch.strength):  # what is computed again in the backward pass, too
+                        each = losses_of(transformer, state.adapter, batch.to(device), settings)
+                        loss = batch_loss(each, batch.weight(settings.objective)) / accumulated
+                        (state.loss_scale.scale(loss) if state.loss_scale else loss).backward()
                     total += loss.detach()
                     parts.append(Part(each.detach(), batch.sigmas, batch.dataset))
                 weights = state.shards.collect() if state.shards else list(state.adapter.weights.values())
@@ -127,20 +128,26 @@ def loss_of(transformer: Lumina2Transformer, adapter: Adapter, batch: Batch, set
 def losses_of(transformer: Lumina2Transformer, adapter: Adapter, batch: Batch, settings: TrainSettings) -> Tensor:
     """The loss of each sample, (B,), with its gradient."""
 
-    def predict(x: Tensor, sigmas: Tensor, rows: list[int]) -> Tensor:
-        captions, lengths = batch.captions, batch.lengths
-        if len(rows) < len(lengths):
-            captions, lengths = captions[rows], tuple(lengths[row] for row in rows)
+    objective = settings.objective
+
+    def predict(x: Tensor, sigmas: Tensor, rows: list[int], said: Said = batch.said) -> Tensor:
+        captions, lengths = said.of(rows)
         if batch.refined:
             return transformer.predict(x, 1 - sigmas, pack(captions, lengths).to(transformer.dtype), lengths)
         return transformer(x, 1 - sigmas, captions, lengths)
 
     def predict_as_base(x: Tensor, sigmas: Tensor, rows: list[int]) -> Tensor:
         with adapter.off():
-            return predict(x, sigmas, rows)
+            return predict(x, sigmas, rows, batch.taught or batch.said)
 
-    objective = settings.objective
-    teacher: Predict | None = predict_as_base if objective.regularisation_target == "teacher" else None
+    def predict_as_slider(x: Tensor, sigmas: Tensor, rows: list[int]) -> Tensor:
+        with adapter.off():
+            neutral, *ends = (predict(x, sigmas, rows, said) for said in (batch.said, *(batch.slider or ())))
+        return slider_target(neutral, *ends, scale=batch.strength * objective.slider_scale)
+
+    teacher: Predict | None = predict_as_slider if batch.slider else None
+    if batch.regularisation:
+        teacher = predict_as_base if objective.regularisation_target == "teacher" else None
     return training_losses(
         predict,
         batch.latents,
@@ -150,7 +157,7 @@ def losses_of(transformer: Lumina2Transformer, adapter: Adapter, batch: Batch, s
         seen_noise=batch.seen_noise,
         levels=batch.levels,
         mask=batch.masks,
-        teacher=teacher if batch.regularisation else None,
+        teacher=teacher,
     )
 
 

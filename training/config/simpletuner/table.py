@@ -304,7 +304,7 @@ UNSUPPORTED: dict[str, Missing] = {
     "validation_input": Missing(None, "Lumina2 draws from text alone; take it out"),
     "train_text_encoder": Missing(False, "only the transformer is trained; take it out"),
     "text_encoder_lr": Missing(None, "only the transformer is trained; take it out"),
-    "slider_lora_target": Missing(False, "train on two prompts is not offered in a config; take it out"),
+    "slider_lora_target": Missing(False, "set slider_positive and slider_negative in the block lumina2_trainer"),
     "peft_lora_mode": Missing("standard", "take it out, or set lora_type to lycoris"),
     "singlora_ramp_up_steps": Missing(0, "take it out"),
     "init_lora_step": Missing(None, "a run counts its own steps from 0; name a checkpoint to go on from one"),
