@@ -1,28 +1,25 @@
 """Trainings that are killed at any moment, or that go on for very long, against what they should be.
 
-python -m scripts.nano.resume kills [--pairs 40] [--first 0] [--json]
-    Pairs of random settings and a random moment: a process trains and kills itself there by SIGKILL, in the middle of
-    a step or of a file; the next one goes on. Weights, optimiser, averages and the log must be, bit for bit, those of
-    the training that nothing happened to, and every checkpoint must be readable at any time.
-python -m scripts.nano.resume memory [--steps 2000] [--json]
-    One training of the nano model: the process must not grow, nor hold more and more files.
+``kills``: pairs of random settings and a random moment. A process trains and is killed there by SIGKILL, in the middle
+of a step or of a file; the next one goes on. Weights, optimiser, averages and the log must be, bit for bit, those of
+the training that nothing happened to, and every checkpoint must be readable at any time.
 
-Exit 0: all is as it should be; 1: something is not.
+``memory``: one training of the nano model. The process must not grow, nor hold more and more files.
+
+``scripts/soak`` has both as commands.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -34,6 +31,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "scripts")) if path not 
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 - else the first step imports it, slowly where it is followed line by line
 from nano import tiny  # noqa: E402
+from nano.forks import Forks  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from training.config.adapter import AdapterSettings, FullSettings, LoRASettings, LyCORISSettings  # noqa: E402
@@ -154,8 +152,16 @@ def train(chosen: Case, store: RunStore, data: Path, work: Work | None = None) -
         return run(on, model=tiny.transformer(stored))
 
 
-def check(number: int, folder: Path) -> str:
+def train_and_die(number: int, folder: str, kill_at: int) -> None:
+    """Train a case into ``folder/killed``, up to a line of its work."""
+    train(case(number), tiny.store(Path(folder) / "killed"), Path(folder) / "data", Work(kill_at))
+
+
+def check(number: int, folder: Path, forks: Forks) -> str:
     """Train a case without and with its kill.
+
+    Args:
+        forks: of this module.
 
     Returns:
         What happened to it, in words.
@@ -168,9 +174,8 @@ def check(number: int, folder: Path) -> str:
     work = Work()
     whole = train(chosen, whole_store, data, work)
     kill_at = max(int(0.98 * chosen.moment * work.done), 1)  # a few lines more or less depend on the clock
-    command = [sys.executable, "-m", "scripts.nano.resume", "child", str(number), str(folder), str(kill_at)]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert child.returncode == -signal.SIGKILL, f"was not killed: {child.returncode} {child.stderr[-2000:]}"
+    forks.call("train_and_die", number, str(folder), kill_at)
+    assert (code := forks.code()) == -signal.SIGKILL, f"was not killed: {code}"
     at_kill = {path.name for path in store.root.glob("*/checkpoint-*")}
     for path in store.root.glob("*/checkpoint-*"):
         load_file(path / "state.safetensors")
@@ -230,19 +235,26 @@ def _words(chosen: Case) -> str:
 
 
 def kills(pairs: int, first: int) -> list[dict[str, Any]]:
+    """Check so many cases from one on, and print each."""
     rows = []
-    for number in range(first, first + pairs):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                rows.append({"case": number, "exact": True, "what": check(number, Path(folder))})
-            except AssertionError as error:
-                rows.append({"case": number, "exact": False, "what": f"{_words(case(number))}: {error}"})
-        print(*rows[-1].values(), sep="\t", flush=True)
+    with Forks(__name__) as forks:
+        for number in range(first, first + pairs):
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    rows.append({"case": number, "exact": True, "what": check(number, Path(folder), forks)})
+                except AssertionError as error:
+                    rows.append({"case": number, "exact": False, "what": f"{_words(case(number))}: {error}"})
+            print(*rows[-1].values(), sep="\t", flush=True)
     return rows
 
 
-def memory(steps: int, folder: Path) -> dict[str, Any]:
+def memory(steps: int) -> dict[str, Any]:
     """Bytes and open files over a long training of the nano model, with checkpoints; from a tenth of it on."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _memory(steps, Path(folder))
+
+
+def _memory(steps: int, folder: Path) -> dict[str, Any]:
     from nano.trial import mixed, scale_latents, transformer
 
     from training.run.session import Request, train_lora
@@ -255,6 +267,8 @@ def memory(steps: int, folder: Path) -> dict[str, Any]:
         if isinstance(event, Between) and event.step > steps // 10:
             bytes_held.append(int(Path("/proc/self/statm").read_text().split()[1]) * page)
             files.append(len(os.listdir("/proc/self/fd")))
+            if event.step % max(steps // 10, 1) == 0:
+                print(f"step {event.step}: {bytes_held[-1] / 2**20:.1f} MB, {files[-1]} files", flush=True)
 
     settings = TrainSettings(
         steps=steps,
@@ -278,40 +292,3 @@ def memory(steps: int, folder: Path) -> dict[str, Any]:
         "files_at_the_end": files[-1],
         "flat": end / begin - 1 < 0.01 and files[-1] <= files[0],
     }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    killed = commands.add_parser("kills")
-    killed.add_argument("--pairs", type=int, default=40)
-    killed.add_argument("--first", type=int, default=0, help="number of the first pair")
-    long = commands.add_parser("memory")
-    long.add_argument("--steps", type=int, default=2000)
-    for command in (killed, long):
-        command.add_argument("--json", action="store_true", help="one line of JSON on stdout, all else on stderr")
-    child = commands.add_parser("child", help="one training that kills itself")
-    child.add_argument("number", type=int)
-    child.add_argument("folder", type=Path)
-    child.add_argument("kill_at", type=int)
-    options = parser.parse_args()
-    if options.command == "child":
-        folder: Path = options.folder
-        train(case(options.number), tiny.store(folder / "killed"), folder / "data", Work(options.kill_at))
-        return 0
-    with redirect_stdout(sys.stderr if options.json else sys.stdout):
-        if options.command == "kills":
-            found: Any = kills(options.pairs, options.first)
-            good = all(row["exact"] for row in found)
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                found = memory(options.steps, Path(folder))
-            good = found["flat"]
-            print(*(f"{name:20} {value}" for name, value in found.items()), sep="\n")
-    if options.json:
-        print(json.dumps(found))
-    return int(not good)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

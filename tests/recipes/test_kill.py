@@ -1,14 +1,16 @@
 """SIGKILL at any moment of scanning and caching: what was committed stays, and the next start goes on from there."""
 
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from nano.forks import Forks
 from PIL import Image
 
 from training.cache.latents import cache_latents
@@ -16,7 +18,6 @@ from training.cache.store import Store
 from training.config.dataset import CacheSettings, CaptionSettings, DatasetSettings, GeometrySettings, SourceSettings
 from training.data.dataset import load_dataset
 
-ROOT = Path(__file__).resolve().parents[2]
 PICTURES, WRITE_BATCH, BATCH, KILLS = 400, 8, 2, 20
 
 
@@ -56,12 +57,29 @@ def work(base, pause=0.0, log=None):
     return cache_latents(dataset, slow, "vae", Store(str(base / "latents")), BATCH)
 
 
+def work_and_log(base, log, started):
+    """In a process of its own."""
+    Path(started).touch()
+    work(Path(base), 0.04, Path(log))
+
+
+def work_slowly(base):
+    work(Path(base), 0.01)
+
+
+@pytest.fixture(scope="module")
+def forks():
+    here = Path(__file__)
+    with Forks(here.stem, here.parent) as one, Forks(here.stem, here.parent) as other:
+        yield one, other
+
+
 def committed(base):
     catalog = Store(str(base / "latents")).open()
     return {number_of(catalog.read(key.decode())) for key in catalog.keys()}  # noqa: SIM118
 
 
-def test_twenty_kills_lose_at_most_one_write_batch_each_and_change_nothing(tmp_path):
+def test_twenty_kills_lose_at_most_one_write_batch_each_and_change_nothing(tmp_path, forks):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(PICTURES):
@@ -72,24 +90,21 @@ def test_twenty_kills_lose_at_most_one_write_batch_each_and_change_nothing(tmp_p
 
     base, log, started = tmp_path / "killed", tmp_path / "log", tmp_path / "started"
     log.touch()
-    program = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
-        "from pathlib import Path; from test_kill import work\n"
-        f"Path({str(started)!r}).touch(); work(Path({str(base)!r}), 0.04, Path({str(log)!r}))"
-    )
     chance = random.Random(0)
     there: set[int] = set()
     interrupted = 0
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         started.unlink(missing_ok=True)
         before = len(log.read_text().split())
-        child = subprocess.Popen([sys.executable, "-c", program])
+        forks[0].call("work_and_log", str(base), str(log), str(started))
+        deadline = time.monotonic() + 60
         while not started.exists():
-            assert child.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, 2.5))
-        child.send_signal(signal.SIGKILL)
-        interrupted += child.wait() == -signal.SIGKILL
+        time.sleep(chance.uniform(0, 0.6 if kill % 4 else 2.5))
+        with suppress(ProcessLookupError):  # it was done before
+            os.kill(forks[0].pid, signal.SIGKILL)
+        interrupted += forks[0].code() == -signal.SIGKILL
         encoded = [int(number) for number in log.read_text().split()[before:]]
         assert not there & set(encoded), "a committed entry was encoded again"
         now = committed(base)
@@ -110,18 +125,15 @@ def test_twenty_kills_lose_at_most_one_write_batch_each_and_change_nothing(tmp_p
         assert torch.allclose(one.read(key.decode()), other.read(key.decode()), atol=1e-5)
 
 
-def test_two_processes_fill_one_cache_at_the_same_time(tmp_path):
+def test_two_processes_fill_one_cache_at_the_same_time(tmp_path, forks):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(120):
         Image.fromarray(np.full((64, 64, 3), (0, number, 7), np.uint8)).save(pictures / f"{number:03d}.png")
         (pictures / f"{number:03d}.txt").write_text("one")
     base = tmp_path / "both"
-    program = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
-        f"from pathlib import Path; from test_kill import work; work(Path({str(base)!r}), 0.01)"
-    )
-    children = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
-    assert [child.wait() for child in children] == [0, 0]
+    for one in forks:
+        one.call("work_slowly", str(base))
+    assert [one.code() for one in forks] == [0, 0]
     assert committed(base) == set(range(120))
     assert work(base).count == 120

@@ -3,11 +3,12 @@
 import sys
 
 import pytest
+from nano.forks import Forks
 from nano.resume import ADAPTERS, case, check
 
 from training.config.adapter import FullSettings, LoRASettings, LyCORISSettings
 
-# A few of the forty that `python -m scripts.nano.resume kills` goes through.
+# A few of the forty that `scripts/soak kills` goes through.
 CASES = [9, 12, 16, 26, 36, 38]
 FAMILIES = (
     ("ao-adamw8bit", "ao-adamw4bit", "ao-adamfp8", "ao-adamwfp8", "adamw_bf16"),  # states of few bits
@@ -38,7 +39,13 @@ def test_the_cases_have_a_bit_of_everything():
     assert case(7) == case(7)
 
 
+@pytest.fixture(scope="module")
+def forks():
+    with Forks("nano.resume") as forks:
+        yield forks
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows knows no SIGKILL")
 @pytest.mark.parametrize("number", CASES)
-def test_killed_and_gone_on_with_is_as_undisturbed(number, tmp_path):
-    check(number, tmp_path)
+def test_killed_and_gone_on_with_is_as_undisturbed(number, tmp_path, forks):
+    check(number, tmp_path, forks)
