@@ -73,7 +73,7 @@ class Server:
             while time.monotonic() < deadline and self.process.poll() is None:
                 if self._answers():
                     return
-                time.sleep(0.5)
+                time.sleep(0.1)
             end = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
             raise ServerError(f"{end}\nComfyUI did not start (log: {self.log}).")
         except BaseException:
@@ -120,13 +120,13 @@ class Server:
     def wait(
         self, identity: str, on_wait: Callable[[], None] = lambda: None, limit_s: float = PROMPT_S
     ) -> dict[str, Any]:
-        """The outputs of a prompt by node, once it has ended; ``on_wait`` is called twice a second meanwhile.
+        """The outputs of a prompt by node, once it has ended; ``on_wait`` is called meanwhile, at least twice a second.
 
         Raises:
             ServerError: a node failed, ComfyUI ended, or the time is over.
         """
-        deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline:
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < limit_s:
             entry = self.ask(f"/history/{identity}").get(identity)
             if entry and entry["status"]["completed"]:
                 return dict(entry["outputs"])
@@ -135,7 +135,7 @@ class Server:
             if self.process.poll() is not None:
                 raise ServerError(f"ComfyUI ended by itself (log: {self.log}).")
             on_wait()
-            time.sleep(0.5)
+            time.sleep(min(0.05 + waited / 20, 0.5))  # hardly longer than it takes
         raise ServerError(f"The prompt did not end within {limit_s:.0f} s (log: {self.log}).")
 
     def run(self, prompt: dict[str, Any], on_wait: Callable[[], None] = lambda: None) -> dict[str, Any]:
