@@ -13,9 +13,9 @@
 
 Each of them says more with --help, and prints one line of JSON on stdout with --json; all else goes to stderr.
 
-Exit codes: 0 done (also where a run was stopped by Ctrl+C or SIGTERM and saved); 1 failed, the sentence says why;
-2 a file or the command line is not understood; 3 with check --strict: understood, and something is missing here;
-130 interrupted before anything was trained, or twice.
+Exit codes: 0 done (also where Ctrl+C or SIGTERM ended encoding or training and all is saved); 1 failed, the sentence
+says why; 2 a file or the command line is not understood; 3 with check --strict: understood, and something is missing
+here; 130 interrupted before there was anything to save, or twice.
 """
 
 from __future__ import annotations

@@ -301,6 +301,29 @@ def test_init_says_what_it_cannot_do(ask, tmp_path, pictures):
     assert '"instance_prompt": "zorblax"' in entry
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to one process")
+def test_a_signal_while_encoding_keeps_what_is_encoded(ask, pictures, monkeypatch):
+    datasets(pictures)
+    told = []
+
+    def interrupt(terminal, text):
+        if text.startswith("encoding"):
+            told.append(text.partition(",")[0])
+            if len(told) < 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Terminal, "show", interrupt)
+    for command in ("cache", "train"):  # the one ends while it encodes pictures, the other while it encodes captions
+        code, found, error = ask(command, "--config", config(vae_batch_size=1))
+        assert (code, found) == (0, {"status": "interrupted"})
+        assert "everything is saved" in error
+    code, found, _ = ask("cache", "--config", config())
+    assert (code, found["latents"], found["captions"]) == (0, 3, 3)
+    began = ["encoding picture 1 of 3", "encoding caption 1 of 5"]
+    assert told == [*began, "encoding caption 1 of 3", "encoding caption 2 of 3"]  # nothing twice
+    assert not list(Path("out").glob("*/run.json"))
+
+
 # The terminal
 
 

@@ -10,7 +10,7 @@ DONE = 0
 FAILED = 1  # something outside of the settings: a model, pictures, a disk, a damaged file
 WRONG = 2  # a configuration or the command line itself cannot be understood
 WARNED = 3  # with --strict: understood, and something is missing on this machine
-KILLED = 130  # interrupted twice, or while nothing was trained yet
+KILLED = 130  # interrupted twice, or while there was nothing to save yet
 
 
 @dataclass(frozen=True)

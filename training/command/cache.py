@@ -17,9 +17,12 @@ from ..data.prompts import SYSTEM_PROMPTS
 from .answer import Answer
 from .pipeline import VAE, Model, TextEncoder, choose_device, find_model
 from .plan import Plan, add_arguments, open_plan
-from .terminal import Terminal
+from .terminal import InterruptedEarlyError, Terminal, obeying_signals
 
-__all__ = ["Cached", "add_arguments", "fill", "read_datasets", "run"]
+__all__ = ["INTERRUPTED", "Cached", "add_arguments", "fill", "read_datasets", "run"]
+
+
+INTERRUPTED = Answer({"status": "interrupted"}, "Interrupted while encoding; the same command goes on from there.")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Cached:
 
 
 def run(options: argparse.Namespace) -> Answer:
-    """Fill both caches.
+    """Fill both caches; a signal ends that with what is encoded kept.
 
     Raises:
         Lumina2Error: the configuration, the model or the pictures cannot be used.
@@ -41,7 +44,11 @@ def run(options: argparse.Namespace) -> Answer:
     for line in plan.report:
         terminal.say(line)
     model = find_model(plan.config.places, plan.config.folders, download=True)
-    cached = fill(plan, model, choose_device(options.device), terminal)
+    try:
+        with obeying_signals(terminal.control, terminal.say):
+            cached = fill(plan, model, choose_device(options.device), terminal)
+    except InterruptedEarlyError:
+        return INTERRUPTED
     found = {
         "latents": cached.latents.count,
         "captions": cached.texts.count,
@@ -70,7 +77,11 @@ def read_datasets(plan: Plan, terminal: Terminal) -> Dataset:
 
 
 def fill(plan: Plan, model: Model, device: torch.device, terminal: Terminal) -> Cached:
-    """Both caches, each part of the model let go before the next is loaded."""
+    """Both caches, each part of the model let go before the next is loaded.
+
+    Raises:
+        InterruptedEarlyError: the terminal's control was asked to end.
+    """
     dataset = read_datasets(plan, terminal)
     places, validation = plan.config.places, plan.config.config.validation
     one_of("system_prompt", places.system_prompt, tuple(SYSTEM_PROMPTS))

@@ -17,11 +17,20 @@ from ..run.events import Between, CheckpointSaved, Ended, Evaluated, Event, LoRA
 QUICK_S, SLOW_S = 0.25, 10.0  # between two lines that replace each other; and where lines are kept, in a file
 
 
-class Terminal:
-    """Sentences, and one line that shows how far something is. All of it goes to ``stream``; answers go to stdout."""
+class InterruptedEarlyError(Exception):
+    """It was asked to end while nothing is trained yet; what is done is kept, and not done again."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+
+class Terminal:
+    """Sentences, and one line that shows how far something is. All of it goes to ``stream``; answers go to stdout.
+
+    Args:
+        control: ends what is counted, where it is asked to.
+    """
+
+    def __init__(self, stream: TextIO | None = None, control: Control | None = None) -> None:
         self.stream = sys.stderr if stream is None else stream
+        self.control = control or Control()
         self._live = self.stream.isatty()
         self._shown_at, self._width = -math.inf, 0
 
@@ -48,10 +57,12 @@ class Terminal:
             self._width = 0
 
     def counting(self, what: str) -> Callable[[int, int], None]:
-        """Shows ``<what> 3 of 20`` and the time left."""
+        """Shows ``<what> 3 of 20`` and the time left; raises ``InterruptedEarlyError`` where it shall go on no more."""
         began = time.monotonic()
 
         def show(done: int, total: int) -> None:
+            if self.control.ending:
+                raise InterruptedEarlyError
             if 0 < done < total:
                 left = duration((time.monotonic() - began) / done * (total - done))
                 self.show(f"{what} {done} of {total}, {left} left")
@@ -106,7 +117,7 @@ class RunLines:
 
 @contextmanager
 def obeying_signals(control: Control, say: Callable[[str], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run after the step, with everything saved; a second SIGINT ends it at once.
+    """SIGINT and SIGTERM end it after the step or batch, with everything saved; a second SIGINT ends it at once.
 
     Under a launcher one Ctrl+C comes twice, from the terminal and from the launcher.
     """
@@ -121,7 +132,7 @@ def obeying_signals(control: Control, say: Callable[[str], None]) -> Iterator[No
             raise KeyboardInterrupt
         asked_at = min(asked_at, time.monotonic())
         control.interrupt()
-        say("stopping after this step; everything is saved (interrupt again to end at once)")
+        say("stopping after this step or batch; everything is saved (interrupt again to end at once)")
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,18 +22,17 @@ from ..report.login import check_logins
 from ..report.reporters import reporters
 from ..report.story import About, dataset_facts
 from ..run.batches import Batches
-from ..run.control import Control
 from ..run.events import Event, Started, to_all
 from ..run.folder import RunStore
 from ..run.processes import Processes, joined
 from ..run.session import Outcome, Request, train_lora
 from ..sample.validator import SampleValidator
 from .answer import Answer
-from .cache import Cached, fill
+from .cache import INTERRUPTED, Cached, fill
 from .machine import look_around
 from .pipeline import Model, choose_device, find_model, open_transformer
 from .plan import Plan, add_arguments, open_plan, run_store
-from .terminal import RunLines, Terminal, obeying_signals
+from .terminal import InterruptedEarlyError, RunLines, Terminal, obeying_signals
 
 __all__ = ["add_arguments", "run"]
 
@@ -59,9 +59,12 @@ def _run(plan: Plan, device_name: str, processes: Processes, terminal: Terminal)
         raise SettingError("It cannot start so: " + " ".join(each.text for each in findings if each.fatal))
     check_logins(plan.config.config.report)
     model = find_model(plan.config.places, plan.config.folders, download=True)
-    cached = processes.lead(lambda: fill(plan, model, device, terminal)) or fill(plan, model, device, terminal)
     store = run_store(plan.output)
-    outcome = _train(plan, model, cached, device, store, terminal, processes)
+    with obeying_signals(terminal.control, terminal.say):
+        cached = _cached(plan, model, device, terminal, processes)
+        if cached is None:
+            return INTERRUPTED if processes.leads else Answer({}, "")
+        outcome = _train(plan, model, cached, device, store, terminal, processes)
     if not processes.leads:
         return Answer({}, "")
     trained = outcome.run
@@ -76,6 +79,24 @@ def _run(plan: Plan, device_name: str, processes: Processes, terminal: Terminal)
         "message": outcome.message,
     }
     return Answer(found, f"{trained.folder}: {trained.status} at step {trained.step}. {found['file']}")
+
+
+def _cached(plan: Plan, model: Model, device: torch.device, terminal: Terminal, processes: Processes) -> Cached | None:
+    """Both caches, filled by the leader and then read by the others; None, for all, where one was asked to end."""
+
+    def filled() -> Cached | None:
+        with suppress(InterruptedEarlyError):
+            return fill(plan, model, device, terminal)
+        return None
+
+    def all_have(cached: object) -> bool:
+        return not processes.share([] if cached else ["interrupted"])
+
+    cached = processes.lead(filled)
+    if not all_have(cached or not processes.leads):
+        return None
+    cached = cached or filled()
+    return cached if all_have(cached) else None
 
 
 def _train(
@@ -100,28 +121,26 @@ def _train(
     terminal.say(f"loading the transformer onto {device}")
     transformer = open_transformer(model, device)
     about = About(base_model=model.hub_id, datasets=dataset_facts(cached.latents))
-    control = Control()
-    with obeying_signals(control, terminal.say):
-        return train_lora(
-            transformer,
-            cached.latents,
-            cached.texts,
-            settings,
-            _request(plan, store),
-            store,
-            model.scale_latents,
-            to_all(
-                [
-                    RunLines(terminal, settings.steps),
-                    _ConfigKeeper(plan, store),
-                    reporters(told.report, store, terminal.say, about),
-                ]
-            ),
-            control=control,
-            encode=cached.vae.encode,
-            validator=validator,
-            processes=processes,
-        )
+    return train_lora(
+        transformer,
+        cached.latents,
+        cached.texts,
+        settings,
+        _request(plan, store),
+        store,
+        model.scale_latents,
+        to_all(
+            [
+                RunLines(terminal, settings.steps),
+                _ConfigKeeper(plan, store),
+                reporters(told.report, store, terminal.say, about),
+            ]
+        ),
+        control=terminal.control,
+        encode=cached.vae.encode,
+        validator=validator,
+        processes=processes,
+    )
 
 
 def _settings(plan: Plan, model: Model, cached: Cached, processes: Processes) -> TrainSettings:

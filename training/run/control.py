@@ -91,6 +91,12 @@ class Control:
             taken, self._commands = self._commands, []
         return taken
 
+    @property
+    def ending(self) -> bool:
+        """Whether it was asked to end, and nobody has taken that yet."""
+        with self._changed:
+            return any(isinstance(command, (Stop, Interrupt)) for command in self._commands)
+
     def wait(self, seconds: float) -> None:
         """While paused: until something is asked, or the time is over."""
         with self._changed:
