@@ -35,6 +35,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def flush_folder(folder: Path) -> None:
+    """So that what was renamed in it stays so if the power fails; Windows does it by itself."""
+    if os.name != "nt":
+        with suppress(OSError):  # a network folder that cannot
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
 def _before(path: Path) -> str:
     """What the temporary file's name begins with."""
     return f".{path.name[:40]}."

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..errors import RunError
-from ..files import read_json, write_json, write_tensors
+from ..files import flush_folder, read_json, write_json, write_tensors
 from ..optim.state import load_optimizer_tensors, optimizer_tensors
 from .processes import ALONE, Processes
 
@@ -74,20 +74,22 @@ def save_checkpoint(
         if exported is not None:
             write_tensors(working / "lora.safetensors", exported, metadata)
         write_json(working / "checkpoint.json", about)
-        _remove(place)
+        replaced = _out_of_the_way(place)
         os.replace(working, place)
+        flush_folder(run_folder)  # before any other checkpoint goes
+        shutil.rmtree(replaced, ignore_errors=True)
 
     processes.lead(write)
     return Checkpoint(place, identity, state.step)
 
 
-def _remove(place: Path) -> None:
-    """Out of the way at once, so that a checkpoint is whole or gone whenever the process is killed."""
+def _out_of_the_way(place: Path) -> Path:
+    """Where a checkpoint is now, if there was one: moved at once, so that it is whole or gone whenever it is killed."""
+    going = place.with_name(f".{place.name}.old")
+    shutil.rmtree(going, ignore_errors=True)
     if place.exists():
-        going = place.with_name(f".{place.name}.old")
-        shutil.rmtree(going, ignore_errors=True)
         os.replace(place, going)
-        shutil.rmtree(going, ignore_errors=True)
+    return going
 
 
 def load_checkpoint(checkpoint: Checkpoint, state: TrainState) -> None:
@@ -147,7 +149,7 @@ def damaged_checkpoints(run_folder: Path, after: int) -> list[str]:
 
 def remove_old_checkpoints(run_folder: Path, keep: int) -> None:
     for checkpoint in sorted(_checkpoints(run_folder), key=lambda c: c.step)[:-keep]:
-        _remove(checkpoint.path)
+        shutil.rmtree(_out_of_the_way(checkpoint.path), ignore_errors=True)
 
 
 def _checkpoints(run_folder: Path) -> list[Checkpoint]:

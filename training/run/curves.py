@@ -106,7 +106,7 @@ def _binned(steps: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "step": step[ends].astype(int).tolist(),
         "time": [round(float(each), 1) if each == each else None for each in times[ends]],
-        "speed": _written(np.where(np.isfinite(speed), speed, np.nan)),
+        "speed": _written(np.where(speed > 0, speed, np.nan)),  # not where the clock was set back
         "lr": _written(lr[ends]),
         "memory": [None if each != each else int(each) for each in np.fmax.reduceat(memory, starts)],
         "loss": _spread(column("loss"), starts),

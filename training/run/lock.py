@@ -54,12 +54,25 @@ def in_use(root: Path) -> set[str]:
     return found
 
 
+def _claimed(written: bytes) -> bool:
+    """Whether who wrote this may go on: another computer's process, until somebody deletes the file, or one here."""
+    import psutil  # type: ignore[import-untyped]
+
+    try:
+        about = json.loads(written)
+        elsewhere = about["computer"] != socket.gethostname()
+        return elsewhere or (about["process"] != os.getpid() and psutil.pid_exists(about["process"]))
+    except (ValueError, KeyError, TypeError):
+        return False  # nobody's, or of one that was killed while it wrote
+
+
 def _owner(path: Path) -> str:
     try:
         about = json.loads(path.read_bytes())
         minutes = max(time.time() - about["since"], 0) / 60
         age = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.0f} minutes"
-        return f"process {about['process']} on {about['computer']} for {age}"
+        remedy = "" if about["computer"] == socket.gethostname() else f" (if that has ended, delete {path})"
+        return f"process {about['process']} on {about['computer']} for {age}{remedy}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
@@ -87,8 +100,9 @@ else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError:  # a network folder that knows no locks
-            return True
+        except OSError:  # a network folder that knows no locks: what is written there has to do
+            file.seek(0)
+            return not _claimed(file.read())
         return True
 
     def _unlock(file: IO[Any]) -> None:
