@@ -160,6 +160,11 @@ class OptimizerSettings:
         return parse_optimizer_config(self.optimizer_config)
 
     @property
+    def scheduled(self) -> bool:
+        """Whether the learning rate follows a curve that spans the whole run."""
+        return self.lr_scheduler not in ("constant", "constant_with_warmup")
+
+    @property
     def schedule_free(self) -> bool:
         """Whether the optimiser averages its weights itself, in place of a schedule and of EMA."""
         return self.optimizer == "adamw_schedulefree"

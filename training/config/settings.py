@@ -170,7 +170,7 @@ def _written(group: Any, prefix: str) -> dict[str, Any]:
     return found
 
 
-_NOT_IN_THE_WEIGHTS = {
+FREE = {  # settings that do not decide the weights
     "steps",
     "checkpoint_step_interval",
     "checkpoints_total_limit",
@@ -186,9 +186,7 @@ def deciding(settings: TrainSettings) -> dict[str, Any]:
     """
     defaults = TrainSettings(adapter=type(settings.adapter)()).written()
     changed = {
-        name: value
-        for name, value in settings.written().items()
-        if name not in _NOT_IN_THE_WEIGHTS and value != defaults[name]
+        name: value for name, value in settings.written().items() if name not in FREE and value != defaults[name]
     }
     kind = type(settings.adapter).__name__
     return changed if kind == "LoRASettings" else {**changed, "adapter": kind}

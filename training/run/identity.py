@@ -17,13 +17,14 @@ import numpy as np
 from ..cache.latents import LatentCache, LatentPart
 from ..cache.texts import TextCache, TextRows
 from ..config.dataset import MixSettings
-from ..config.settings import TrainSettings, deciding
+from ..config.settings import FREE, TrainSettings, deciding
 from ..errors import SettingError
 from .batches import Examples, join
 from .checkpoint import Checkpoint, damaged_checkpoints, newest_checkpoint
 from .folder import Run, RunStore
 
 IDENTITY_VERSION = 2  # raised when a default changes, since settings at their defaults are left out
+MOST_SAID = 5  # settings that are named where other runs have others
 
 
 def data_identity(latents: LatentCache, texts: TextCache) -> list[Any]:
@@ -135,3 +136,33 @@ def decide(store: RunStore, name: str, identity: str, steps: int, continue_token
     if checkpoint is None:
         return Decision(run, run.folder, False, None, f"no checkpoint is there: starting over in {run.folder}{skipped}")
     return Decision(run, run.folder, False, checkpoint, f"continuing from step {checkpoint.step}{skipped}")
+
+
+def said_of_others(decision: Decision, family: list[Run], settings: TrainSettings) -> list[str]:
+    """Why no run of this name is gone on with; or what becomes of a schedule where one is, with more or fewer steps.
+
+    Args:
+        family: the runs of this name.
+    """
+    run, optimizer = decision.run, settings.optimizer
+    if run:
+        on = decision.checkpoint and not decision.done and optimizer.scheduled and run.target != settings.steps
+        spans = f"lr_scheduler {optimizer.lr_scheduler} spans {settings.steps} steps from here on, not {run.target}"
+        return [spans] if on else []
+    unlike = [
+        (each.folder, [line for line in differences(each, settings) if line.partition(":")[0] not in FREE])
+        for each in family
+    ]
+    if not unlike:
+        return []
+    folder, lines = min(unlike, key=lambda found: len(found[1]))
+    listed = lines[:MOST_SAID] + ["…"] * (len(lines) > MOST_SAID)
+    return [f"other than in {folder}: {', '.join(listed) or 'pictures, captions, MODEL, kind of adapter or attempt'}"]
+
+
+def differences(before: Run | None, settings: TrainSettings) -> list[str]:
+    """What is set otherwise than in another run."""
+    if not before:
+        return []
+    now = json.loads(json.dumps(settings.written()))
+    return [f"{key}: {before.settings[key]} → {v}" for key, v in now.items() if before.settings.get(key, v) != v]

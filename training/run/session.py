@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -31,7 +30,7 @@ from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, read_che
 from .control import Control, reachable
 from .events import Ended, Event, Journal, Listener, Said, Started, read_losses, to_all
 from .folder import Run, RunStore
-from .identity import data_identity, decide, run_identity
+from .identity import data_identity, decide, differences, run_identity, said_of_others
 from .keeping import Keeper, is_disk_full
 from .ledger import Ledger, NotFiniteError
 from .lock import locked
@@ -121,7 +120,8 @@ def train_lora(
         processes.check_same(f"{decision.folder} from step {at}: {identity} {drawn}")
         if decision.folder != folder:
             raise RunError(f"The training run {folder!r} was begun by another process just now. Queue again.")
-        notes = [decision.message, *_differences(store, start, settings)]
+        notes = [decision.message, *differences(store.read(start.path.parent.name) if start else None, settings)]
+        notes += said_of_others(decision, [] if start else store.family(name), settings)
         if settings is not asked:
             each = settings.optimizer.gradient_accumulation_steps
             notes.append(
@@ -360,15 +360,6 @@ def _start(store: RunStore, request: Request, steps: int) -> Checkpoint | None:
     if found.step >= steps:
         raise SettingError(f"The checkpoint has {found.step} steps already; set steps above that, not {steps}.")
     return found
-
-
-def _differences(store: RunStore, start: Checkpoint | None, settings: TrainSettings) -> list[str]:
-    """What is set otherwise than in the run that a checkpoint comes from."""
-    before = store.read(start.path.parent.name) if start else None
-    if not before:
-        return []
-    now = json.loads(json.dumps(settings.written()))
-    return [f"{key}: {before.settings[key]} → {v}" for key, v in now.items() if before.settings.get(key, v) != v]
 
 
 def _trained_model(
