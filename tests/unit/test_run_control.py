@@ -1,12 +1,16 @@
 """What is asked of a run between its steps, what it tells meanwhile, and what is left when something goes wrong."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +26,9 @@ from training.config.precision import PrecisionSettings
 from training.config.settings import TrainSettings
 from training.errors import RunError, SettingError
 from training.run import checkpoint, keeping, ledger, loop, memory_error
-from training.run.checkpoint import newest_checkpoint
+from training.run.checkpoint import newest_checkpoint, read_checkpoint
 from training.run.control import Control, active
+from training.run.curves import curves
 from training.run.events import (
     Between,
     CheckpointSaved,
@@ -40,7 +45,7 @@ from training.run.events import (
     read_events,
     read_losses,
 )
-from training.run.lock import in_use
+from training.run.lock import in_use, locked
 
 SETTINGS = TrainSettings(
     steps=8,
@@ -331,6 +336,53 @@ def test_a_validation_is_asked_for_at_each_step_and_told(run, undisturbed):
     assert same(best, load_file(again.store.loras / "cats-4.safetensors"))
 
 
+class Drawing:
+    """Draws at step 4, in a thousand network calls; ``on`` is called at each, with its number."""
+
+    def __init__(self, on):
+        self.on, self.calls = on, 0
+
+    def due(self, step):
+        return step == 4 and not self.calls
+
+    def run(self, moment):
+        while self.calls < 1000:
+            self.calls += 1
+            self.on(self.calls)
+            moment.tick()
+        yield Validated(moment.step, (Sample("samples/a.png", "a", "a cat", 1),))
+
+
+@pytest.mark.parametrize(("how", "status"), [("stop", "stopped"), ("interrupt", "interrupted")])
+def test_what_ends_a_run_ends_a_drawing_before_its_next_step(run, undisturbed, how, status):
+    control = Control()
+    drawing = Drawing(lambda call: call == 7 and getattr(control, how)())
+    outcome = run(control=control, validator=drawing)
+    assert (outcome.run.status, outcome.run.step, drawing.calls) == (status, 4, 7)
+    assert not kinds(run.heard, Validated)
+    run(request={"continue_token": 1})
+    check_as_undisturbed(run, undisturbed)
+
+
+def test_a_pause_rests_within_a_drawing_and_other_commands_come_behind_it(run, undisturbed, monkeypatch):
+    control, rests = Control(), []
+
+    def rest(seconds):
+        rests.append(drawing.calls)
+        if len(rests) == 3:
+            control.resume()
+
+    drawing = Drawing(lambda call: call == 7 and (control.save(), control.pause()))
+    monkeypatch.setattr(time, "sleep", rest)
+    run(control=control, validator=drawing)
+    assert rests == [7, 7, 7]
+    assert drawing.calls == 1000
+    assert [event.doing for event in kinds(run.heard, Between) if event.doing == "paused"] == ["paused"] * 3
+    told = kinds(run.heard, Validated, LoRASaved)
+    assert [type(event) for event in told] == [Validated, LoRASaved, LoRASaved]
+    check_as_undisturbed(run, undisturbed)
+
+
 def test_early_stopping_keeps_what_there_is(run, undisturbed):
     outcome = run(validator=Judge({2: 1.0, 5: 2.0}, stop=(5,)))
     assert (outcome.run.status, outcome.run.step) == ("stopped", 5)
@@ -393,6 +445,39 @@ def test_a_listener_that_fails_ends_the_run_with_everything_saved(run, undisturb
     check_as_undisturbed(run, undisturbed)
 
 
+def test_what_is_set_otherwise_is_said(run):
+    cosine = OptimizerSettings(learning_rate=1e-2, lr_scheduler="cosine")
+    run(optimizer=cosine, steps=4)
+    assert "other than" not in run.said[-1]
+    run(optimizer=cosine, steps=6)
+    assert run.said[-1] == "continuing from step 4; lr_scheduler cosine spans 6 steps from here on, not 4"
+    run(optimizer=cosine, steps=6)
+    assert run.said[-1] == "already trained: 6 steps, 6 asked"
+    run(steps=1)
+    assert run.said[-1].endswith("other than in cats: lr_scheduler: cosine → constant")
+    run(steps=1, request={"attempt": 1})
+    assert run.said[-1].endswith("other than in cats-2: pictures, captions, MODEL, kind of adapter or attempt")
+    run(steps=2)
+    assert run.said[-1] == "continuing from step 1"  # a rate that stays as it is
+
+
+def test_a_clock_that_is_set_back_disturbs_nothing(run, undisturbed, monkeypatch):
+    now, told = time.time, []
+    monkeypatch.setattr(time, "time", lambda: now() - 86400 * len(told))
+    control = Control()
+
+    def on(event):
+        told.append(event)
+        at(5, control.interrupt)(event)
+
+    run(on, control=control)
+    run()
+    check_as_undisturbed(run, undisturbed)
+    found = curves(run.store.root / "cats" / "events.jsonl")
+    assert found["step"] == list(range(1, 9))
+    assert all(speed is None or speed > 0 for speed in found["speed"])
+
+
 # --- checkpoints
 
 
@@ -453,6 +538,20 @@ def test_old_checkpoints_go_only_when_the_new_one_is_there(run, monkeypatch):
     assert seen[4] == ["checkpoint-3", "checkpoint-4"]  # while checkpoint-5 is about to be moved there
     folders = sorted(path.name for path in (run.store.root / "cats").glob("*checkpoint-*"))
     assert folders == ["checkpoint-7", "checkpoint-8"]
+
+
+def test_a_checkpoint_that_is_written_again_is_there_until_the_new_one_is(run, monkeypatch):
+    removed, whole, control = shutil.rmtree, [], Control()
+
+    def watched(path, *rest, **more):
+        if Path(path).name == ".checkpoint-3.old" and Path(path).exists():
+            whole.append(read_checkpoint(run.store.root / "cats" / "checkpoint-3"))
+        removed(path, *rest, **more)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", watched)
+    run(at(3, control.save), control=control, steps=4)
+    assert len(whole) == 1
+    assert whole[0]
 
 
 def test_killed_between_the_last_checkpoint_and_the_file_ends_properly(run, undisturbed):
@@ -527,6 +626,31 @@ def test_a_run_in_use_is_refused_and_a_killed_process_holds_nothing(run, tmp_pat
     assert not in_use(run.store.root)
     run()
     check_as_undisturbed(run, undisturbed)
+
+
+def test_on_a_disk_without_locks_what_is_written_there_counts(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    file = tmp_path / ".locks" / "cats.lock"
+    with locked(tmp_path, "cats"):
+        claim = json.loads(file.read_text())
+    assert file.read_text() == ""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        file.write_text(json.dumps({**claim, "process": child.pid, "since": time.time() - 7200}))
+        assert in_use(tmp_path) == {"cats"}
+        with pytest.raises(RunError, match=rf"process {child.pid} on {socket.gethostname()} for 2\.0 hours\. Stop"):
+            locked(tmp_path, "cats").__enter__()
+    assert not in_use(tmp_path)  # that process has ended
+    file.write_text(json.dumps({**claim, "computer": "elsewhere"}))
+    with pytest.raises(RunError, match=rf"on elsewhere for .* \(if that has ended, delete {re.escape(str(file))}"):
+        locked(tmp_path, "cats").__enter__()
+    file.unlink()
+    with locked(tmp_path, "cats"):
+        assert json.loads(file.read_text())["process"] == os.getpid()
 
 
 # --- disk

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 from ..config.settings import TrainSettings
 from ..errors import SettingError
@@ -18,6 +20,11 @@ from .wire import from_line, to_line
 
 LISTEN_EVERY_S = 0.25  # while paused
 PAUSED = "paused"  # what a process says as long as it is
+ENDING = "ending"
+
+
+class _CutOffError(Exception):
+    """Ends what is drawn or worked out, since the run was asked to end."""
 
 
 class BetweenSteps:
@@ -60,8 +67,22 @@ class BetweenSteps:
         self.keeper.checkpoint(self.state)
 
     def moment(self, doing: str) -> Moment:
-        tick = self.tick if self.state.shards else self._tick
-        return Moment(self.transformer, self.state, self.keeper.folder, self.state.step, lambda: tick(doing))
+        return Moment(self.transformer, self.state, self.keeper.folder, self.state.step, lambda: self.look_up(doing))
+
+    def look_up(self, doing: str) -> None:
+        """Before each network call of what may take long: what ends or pauses the run acts here, the rest behind it."""
+        together = self.state.shards is not None
+        tick = self.tick if together else self._tick
+        tick(doing)
+        while heard := self._asked(together):
+            if ENDING in heard:
+                raise _CutOffError
+            tick(PAUSED)
+            time.sleep(LISTEN_EVERY_S)
+
+    def _asked(self, together: bool) -> list[str]:
+        said = [ENDING] if self.control.ending else [PAUSED] if self.control.paused else []
+        return self.processes.share(said) if together else said
 
     def tick(self, doing: str) -> None:
         """Where all processes learn of a listener that raises."""
@@ -77,12 +98,17 @@ class BetweenSteps:
             yield from self.validator.run(self.moment("validating"))
 
     def judge(self, judging: Callable[[], Iterable[Event]]) -> None:
-        """Tell what is drawn and worked out, and act on held-out losses."""
-        drawn_by_all = list(judging()) if self.state.shards else None
+        """Tell what is drawn and worked out, and act on held-out losses; no more of it where the run is to end."""
+
+        def judged() -> Iterator[Event]:
+            with suppress(_CutOffError):
+                yield from judging()
+
+        drawn_by_all = list(judged()) if self.state.shards else None
         found: list[Evaluated] = []
 
         def tell() -> None:
-            for event in judging() if drawn_by_all is None else drawn_by_all:
+            for event in judged() if drawn_by_all is None else drawn_by_all:
                 self.tell(event)
                 if isinstance(event, Evaluated):
                     found.append(event)
