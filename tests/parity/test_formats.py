@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import sys
+from functools import lru_cache
 
 import pytest
 import torch
@@ -66,6 +67,11 @@ def base_model(seed=0):
     return made.eval()
 
 
+@lru_cache(1)
+def base_weights():
+    return base_model().state_dict()
+
+
 def trained(settings, path):
     """The file of an adapter after updates of some size, and what it makes of each weight and bias in the engine."""
     model = base_model()
@@ -90,7 +96,7 @@ def in_engine(model):
 
 
 def base(module):
-    return base_model().get_parameter(f"{module}.weight")
+    return base_weights()[f"{module}.weight"]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +115,7 @@ def comfyui(plugin, tmp_path_factory):
     described = comfy.supported_models.Lumina2(bridge._comfy_config(CONFIG))
     described.set_inference_dtype(torch.float32, None)
     model = described.get_model({})
-    weights = {**base_model().state_dict(), "norm_final.weight": torch.ones(48)}
+    weights = {**base_weights(), "norm_final.weight": torch.ones(48)}
     model.diffusion_model.load_state_dict(weights)
     cpu = torch.device("cpu")
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
@@ -123,12 +129,13 @@ def comfyui(plugin, tmp_path_factory):
         adapted.detach()
         return found
 
+    load.model = model
     return load
 
 
 def merged(adapters):
     """The base with what the file adds, under our names."""
-    weights = {name: w.clone() for name, w in base_model().state_dict().items()}
+    weights = {name: w.clone() for name, w in base_weights().items()}
     for module, parts in adapters.modules.items():
         weights[f"{module}.weight"] += adapters.delta(module, base)
         for part, layer in parts.items():
@@ -166,19 +173,23 @@ def predicted(model):
         return model(latents.double(), torch.tensor([0.3, 0.8]), captions.double(), mask, return_dict=False)[0]
 
 
+@lru_cache(1)
+def predicted_before():
+    return predicted(diffusers_model(base_weights()))
+
+
 def assert_changes_as(model, adapters, within=1e-6):
     """A diffusers model predicts as one whose weights have what the file adds."""
-    before = predicted(diffusers_model(base_model().state_dict()))
-    expected = predicted(diffusers_model(merged(adapters))) - before
+    expected = predicted(diffusers_model(merged(adapters))) - predicted_before()
     assert expected.abs().max() > 1e-2
-    off = (predicted(model) - before - expected).norm() / expected.norm()
+    off = (predicted(model) - predicted_before() - expected).norm() / expected.norm()
     assert off < within
 
 
 @pytest.mark.parametrize("kind", TRAINED)
 def test_comfyuis_lora_loader_makes_of_each_format_what_the_engine_computes(kind, comfyui, tmp_path, caplog):
     adapters, expected = trained(TRAINED[kind], tmp_path / "trained.safetensors")
-    weights = base_model().state_dict()
+    weights = base_weights()
     for module, (weight, _) in expected.items():  # our own file is understood
         assert (weights[f"{module}.weight"] + adapters.delta(module, base) - weight).abs().max() < 1e-6, module
     for format in ("comfyui", "kohya"):
@@ -202,7 +213,7 @@ def test_diffusers_predicts_what_the_file_says(kind, dtype, tmp_path, caplog):
     result = write_adapters(path, adapters, "diffusers", base, dtype=dtype)
     assert result.relative_error == 0
     pipeline = Lumina2Pipeline(
-        transformer=diffusers_model(base_model().state_dict()),
+        transformer=diffusers_model(base_weights()),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=None,
         text_encoder=None,
@@ -222,7 +233,7 @@ def test_peft_itself_reads_the_file(kind, tmp_path):
     result = write_adapters(tmp_path / "x.safetensors", adapters, "diffusers", base)
     told = json.loads(result.metadata[PEFT_SETTINGS])
     config = LoraConfig(**{key.removeprefix("transformer."): value for key, value in told.items()})
-    model = inject_adapter_in_model(config, diffusers_model(base_model().state_dict()).float())
+    model = inject_adapter_in_model(config, diffusers_model(base_weights()).float())
     tensors = load_file(tmp_path / "x.safetensors")
     outcome = set_peft_model_state_dict(model, {k.removeprefix("transformer."): t for k, t in tensors.items()})
     assert outcome.unexpected_keys == []
@@ -240,7 +251,7 @@ def test_lokr_that_was_trained_split_is_read_by_diffusers(tmp_path, caplog):
     result = write_adapters(tmp_path / "x.safetensors", adapters, "diffusers")
     assert PEFT_SETTINGS not in result.metadata
     assert "transformer.layers.0.attn.to_k.lokr_w2_a" in result.tensors
-    model = diffusers_model(base_model().state_dict())
+    model = diffusers_model(base_weights())
     logging.getLogger("diffusers").propagate = True
     model.load_lora_adapter(str(tmp_path), weight_name="x.safetensors")  # the pipeline's own check refuses LoKr
     assert not [r for r in caplog.records if "unexpected" in r.message or "missing" in r.message]
@@ -258,7 +269,7 @@ def test_what_diffusers_cannot_express_is_a_lora_of_the_error_told(kind, tmp_pat
     gone = sum((found.delta(m, base) - adapters.delta(m, base)).square().sum() for m in adapters.modules)
     whole = sum(adapters.delta(m, base).square().sum() for m in adapters.modules)
     assert 0.01 < result.relative_error == pytest.approx(float((gone / whole).sqrt()), rel=1e-3)
-    model = diffusers_model(base_model().state_dict())
+    model = diffusers_model(base_weights())
     model.load_lora_adapter(str(tmp_path), weight_name="x.safetensors")
     assert_changes_as(model.double(), found)
 
@@ -270,7 +281,7 @@ def test_lycoris_reads_its_format_on_diffusers_model(kind, tmp_path):
     adapters, _ = trained(TRAINED[kind], tmp_path / "trained.safetensors")
     path = tmp_path / "lycoris.safetensors"
     write_adapters(path, adapters, "lycoris", base)
-    model = diffusers_model(base_model().state_dict()).float()
+    model = diffusers_model(base_weights()).float()
     network, weights = create_lycoris_from_weights(1.0, str(path), model)
     assert {name.split(".")[0] for name in weights} == {lora.lora_name for lora in network.loras}
     network.merge_to(1.0)
@@ -284,7 +295,7 @@ def peft_shaped(metadata):
     targets = ["to_q", "to_k", "to_v", "to_out.0"] if metadata else ["to_q", "to_k", "to_v", "to_out.0", "linear_1"]
     config = LoraConfig(r=4, lora_alpha=6 if metadata else 4, target_modules=targets, init_lora_weights=False)
     torch.manual_seed(3)
-    model = inject_adapter_in_model(config, diffusers_model(base_model().state_dict()).float())
+    model = inject_adapter_in_model(config, diffusers_model(base_weights()).float())
     tensors = {f"transformer.{key}": t.contiguous() for key, t in get_peft_model_state_dict(model).items()}
     told = {f"transformer.{key}": value for key, value in config.to_dict().items() if key in ("r", "lora_alpha")}
     return tensors, {PEFT_SETTINGS: json.dumps(told)} if metadata else {}, model
@@ -303,6 +314,46 @@ def test_files_that_comfyui_refuses_are_converted_exactly(trainer, comfyui, tmp_
     assert "not loaded" not in caplog.text
     assert_changes_as(model.double(), adapters)
     assert_changes_as(diffusers_model({n: w for n, w in found.items() if n != "norm_final.weight"}), adapters, 1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["LoRA", "LoHa", "LoKr", "OFT"])
+def test_files_of_comfyuis_own_trainer_are_read(algorithm, comfyui, tmp_path, caplog):
+    """An adapter on every weight and a difference of every norm and bias, under its module's names."""
+    from comfy.weight_adapter import adapter_maps
+
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, weight in comfyui.model.diffusion_model.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        if weight.ndim < 2:
+            made = {"diff" if kind == "weight" else "diff_b": torch.empty_like(weight)}
+        else:
+            made = dict(adapter_maps[algorithm].create_train(weight, rank=4, alpha=1.0).named_parameters())
+        for part, tensor in made.items():
+            drawn = tensor if part == "alpha" else torch.randn(tensor.shape, generator=generator) * 0.2
+            tensors[f"diffusion_model.{module}.{part}"] = drawn.detach().clone()
+    path = tmp_path / f"{algorithm} of ComfyUI.safetensors"
+    save_file(tensors, path)
+    found = comfyui(path)
+    assert not [r for r in caplog.records if "not loaded" in r.message or r.levelno >= logging.ERROR]
+    for name, weight in merged(read_adapters(path, CONFIG)).items():
+        assert not torch.equal(weight, base_weights()[name]), name
+        assert (found[name] - weight).abs().max() < 1e-5 * weight.abs().max(), name
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_pefts_own_folders_are_read_at_their_scale(kind, tmp_path):
+    import peft
+
+    config = getattr(peft, f"{kind}Config")(r=2, alpha=3, target_modules=["to_q", "to_out.0"])
+    model = peft.inject_adapter_in_model(config, diffusers_model(base_weights()).float())
+    generator = torch.Generator().manual_seed(4)
+    tensors = {
+        k: torch.randn(t.shape, generator=generator) * 0.5 for k, t in peft.get_peft_model_state_dict(model).items()
+    }
+    assert not peft.set_peft_model_state_dict(model, tensors).unexpected_keys
+    config.save_pretrained(tmp_path)
+    save_file({f"base_model.model.{k}": t for k, t in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    assert_changes_as(model.double(), read_adapters(tmp_path / "adapter_model.safetensors", CONFIG))
 
 
 def test_all_blocks_of_the_real_widths_load_in_diffusers_under_comfyuis_names():
@@ -326,7 +377,7 @@ def test_all_blocks_of_the_real_widths_load_in_diffusers_under_comfyuis_names():
 
 
 def test_every_linear_layer_of_diffusers_model_has_its_name():
-    theirs = {n for n, m in diffusers_model(base_model().state_dict()).named_modules() if isinstance(m, nn.Linear)}
+    theirs = {n for n, m in diffusers_model(base_weights()).named_modules() if isinstance(m, nn.Linear)}
     ours = set()
     for module, shape in shapes(CONFIG).items():
         if len(shape) == 2:

@@ -137,6 +137,22 @@ def shapes(config: TransformerConfig) -> dict[str, torch.Size]:
     return {name.removesuffix(".weight"): w.shape for name, w in weights.items() if name.endswith(".weight")}
 
 
+@torch.no_grad()
+def add_to(transformer: Lumina2Transformer, adapters: Adapters) -> None:
+    """Put what a file adds at strength 1 into a transformer's own weights, in the dtype that they have."""
+
+    def weight(module: str) -> Tensor:
+        return transformer.get_parameter(f"{module}.weight")
+
+    for module, parts in adapters.modules.items():
+        own = weight(module)
+        own.copy_(own.float() + adapters.delta(module, weight).to(own.device))
+        for part, layer in parts.items():
+            if layer.bias is not None:
+                rows = transformer.get_parameter(f"{module}.bias")[adapters.rows((module, part))]
+                rows += layer.bias.to(rows.device, rows.dtype)
+
+
 def no_base(module: str) -> Tensor:
     """The base's weights where none were given."""
     raise ModelError(

@@ -37,6 +37,7 @@ _PARTS = {
 _PARTS |= {name: name for n in "12" for name in (f"a{n}", f"b{n}", f"hada_w{n}_a", f"hada_w{n}_b")}
 _PARTS |= {f"lokr_w{n}{half}": f"lokr_w{n}{half}" for n in "12" for half in ("", "_a", "_b")}
 _KEY = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, _PARTS))})(?:\.default)?(?:\.weight)?|(.+)\.(weight|on_input)")
+_UNUSED = "norm_final"  # ComfyUI's trainer has a difference of it, and no forward uses it
 _TEXT = re.compile(r"(base_model\.model\.)?(text_encoder|lora_te|te\d?[._]|conditioner|cond_stage_model)")
 _KINDS = {
     "lora": ({"A", "B"}, set[str]()),
@@ -98,6 +99,8 @@ def adapters_of(
     for key, tensor in own.items():
         match = _KEY.fullmatch(key)
         name, part = (match[1] or match[3], _PARTS.get(match[2], match[4])) if match else ("", "")
+        if bare(name) == _UNUSED:
+            continue
         place = names.get(bare(name))
         if place is None:
             raise ModelError(f"{source}: the key {key!r} belongs to no weight of a Lumina2, or is of an unknown kind.")
@@ -147,8 +150,8 @@ def _layer(
         parts["oft_blocks"] = _held(parts["oft_blocks"], value or 0.0, by_lycoris)
         if parts["oft_blocks"].ndim == 3 and not by_lycoris:
             parts.pop("rescale", None)  # ComfyUI does not read it there
-    elif value is not None:
-        _scale_product(kind, parts, value)
+    else:
+        _scale_product(kind, parts, value, scale(place))
     layer = Layer(kind, parts, bias=bias)
     if magnitude is not None:
         return replace(layer, magnitude=magnitude.reshape(-1, 1))
@@ -164,13 +167,11 @@ def _has_factor(parts: Mapping[str, Tensor], name: str) -> bool:
     return (name in parts) != (f"{name}_a" in parts and f"{name}_b" in parts)
 
 
-def _scale_product(kind: str, parts: dict[str, Tensor], alpha: float) -> None:
-    """alpha over the rank, into the first factor; a LoKr that is not factored further has no rank."""
+def _scale_product(kind: str, parts: dict[str, Tensor], alpha: float | None, peft: float) -> None:
+    """alpha over the rank, or else PEFT's scale, into the first factor; a LoKr not factored further has no rank."""
     inner = {"loha": "hada_w1_b", "glora": "b2"}.get(kind, "")
     inner = inner or next((n for n in ("lokr_w2_b", "lokr_w1_b") if n in parts), "")
-    if not inner:
-        return
-    factor = alpha / parts[inner].shape[0]
+    factor = peft if alpha is None else alpha / parts[inner].shape[0] if inner else 1.0
     for name in ("hada_w1_a", "lokr_w1", "lokr_w1_a", "a1", "b1"):
         if name in parts:
             parts[name] = parts[name] * factor
@@ -188,7 +189,7 @@ def _peft_scale(metadata: Mapping[str, str]) -> Callable[[Place], float]:
     try:
         told: dict[str, Any] = json.loads(metadata.get(PEFT_SETTINGS, "{}"))
         settings = {key.removeprefix("transformer."): value for key, value in told.items()}
-        rank, alpha = float(settings["r"]), float(settings["lora_alpha"])
+        rank, alpha = float(settings["r"]), float(settings["lora_alpha" if "lora_alpha" in settings else "alpha"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return lambda place: 1.0
     ranks, alphas = settings.get("rank_pattern") or {}, settings.get("alpha_pattern") or {}
