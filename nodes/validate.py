@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.samplers
 import torch
@@ -19,6 +19,10 @@ from ..training.errors import RunError, SettingError
 from . import places
 from .progress import Progress
 from .sockets import LoraModelSocket, ValidationSocket
+
+if TYPE_CHECKING:
+    from ..training.adapter.formats.layers import Adapters
+    from ..training.model.config import TransformerConfig
 
 
 class Lumina2ValidateSample(io.ComfyNode):
@@ -61,8 +65,8 @@ class Lumina2ValidateSample(io.ComfyNode):
                 io.String.Input(
                     "lora",
                     default="",
-                    tooltip="Files under models/loras, or checkpoints such as my-lora/checkpoint-400; several by "
-                    "commas. A wired LORA_MODEL wins over them.",
+                    tooltip="Files of any format under models/loras, or checkpoints such as my-lora/checkpoint-400; "
+                    "several by commas. A wired LORA_MODEL wins over them.",
                 ),
                 io.String.Input(
                     "strengths", default="0, 1", tooltip="One picture for each, by commas; 0 is the base model."
@@ -136,11 +140,12 @@ class Lumina2ValidateSample(io.ComfyNode):
         validation: ValidationSettings | None = None,
     ) -> io.NodeOutput:
         from ..training.sample.draw import picture_seed
+        from . import adapters as any_format
         from .bridge import embed_text, transformer_config
-        from .draw import draw, with_guidance, with_lora, with_shift
+        from .draw import draw, with_guidance, with_shift
         from .grid import labelled_grid
 
-        transformer_config(model)  # a sentence where it is no Lumina2
+        config = transformer_config(model)  # a sentence where it is no Lumina2
         settings = validation or ValidationSettings(
             validation_prompt=prompts,
             validation_negative_prompt=negative_prompt,
@@ -156,7 +161,7 @@ class Lumina2ValidateSample(io.ComfyNode):
         wanted = settings.prompts()
         if not wanted:
             raise SettingError("prompts is empty. Write one prompt a line.")
-        columns = _columns(_loras(lora, lora_model), parse_strengths(strengths))
+        columns = _columns(_loras(lora, lora_model, config), parse_strengths(strengths))
         judge, unscored = _judge(settings)
         size = settings.sizes[0]
         steps = settings.validation_num_inference_steps
@@ -172,7 +177,8 @@ class Lumina2ValidateSample(io.ComfyNode):
         }
         drawn: dict[tuple[int, int], torch.Tensor] = {}
         for column, shown in enumerate(columns):
-            patched = with_shift(with_lora(model, shown.lora or {}, shown.strength), settings.validation_shift)
+            patched = any_format.with_strengths(model, shown.lora, shown.strength) if shown.lora else model
+            patched = with_shift(patched, settings.validation_shift)
             patched = with_guidance(patched, settings, sampler_name, scheduler)
             for number, row in enumerate(rows):
                 text = f"drawing picture {len(drawn) + 1} of {len(columns) * len(rows)}"
@@ -232,7 +238,7 @@ class _Row:
 class _Column:
     label: str
     name: str  # of the LoRA; empty: the base model
-    lora: dict[str, torch.Tensor] | None
+    lora: Adapters | None
     strength: float
 
 
@@ -251,14 +257,14 @@ def parse_strengths(text: str) -> list[float]:
     return numbers
 
 
-def _loras(named: str, wired: dict[str, torch.Tensor] | None) -> list[tuple[str, dict[str, torch.Tensor]]]:
+def _loras(named: str, wired: dict[str, torch.Tensor] | None, config: TransformerConfig) -> list[tuple[str, Adapters]]:
     """What is compared with the base model, by name."""
-    from ..training.adapter.files import read_lora
+    from ..training.adapter.formats.read import adapters_of, read_adapters
 
     if wired is not None:
-        return [("wired", wired)]
+        return [("wired", adapters_of(wired, {}, config, "LORA_MODEL"))]
     names = [part.strip() for part in named.replace("\n", ",").split(",") if part.strip()]
-    return [(name, read_lora(_lora_file(name))) for name in dict.fromkeys(names)]
+    return [(name, read_adapters(_lora_file(name), config)) for name in dict.fromkeys(names)]
 
 
 def _lora_file(name: str) -> Path:
@@ -276,13 +282,16 @@ def _lora_file(name: str) -> Path:
     return places.lora_file(name)
 
 
-def _columns(loras: Sequence[tuple[str, dict[str, torch.Tensor]]], strengths: Sequence[float]) -> list[_Column]:
+def _columns(loras: Sequence[tuple[str, Adapters]], strengths: Sequence[float]) -> list[_Column]:
     """The base model once, where a strength is 0 or there is no LoRA, and each LoRA at each other strength."""
     columns: dict[tuple[str, float], _Column] = {}
-    for name, lora in loras or [("", {})]:
-        for strength in strengths if loras else [0.0]:
+    base = _Column("base model", "", None, 0.0)
+    if not loras:
+        return [base]
+    for name, lora in loras:
+        for strength in strengths:
             if strength == 0:
-                columns.setdefault(("", 0.0), _Column("base model", "", None, 0.0))
+                columns.setdefault(("", 0.0), base)
                 continue
             title = "LoRA" if len(loras) == 1 else name.removesuffix(".safetensors")
             columns.setdefault((name, strength), _Column(f"{title} at {strength:g}", name, lora, strength))

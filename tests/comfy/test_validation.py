@@ -7,8 +7,10 @@ import pytest
 from comfy_server import ServerError
 from graphs import pictures, run_json, sampled, workflow
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+
+from training.adapter.formats.combine import combine
+from training.adapter.formats.read import read_adapters
+from training.adapter.formats.write import write_adapters
 
 SAMPLERS = [("euler", "simple"), ("res_multistep", "simple"), ("dpmpp_2m", "beta"), ("euler_ancestral", "normal")]
 
@@ -127,11 +129,8 @@ def test_validate_sample_draws_ksamplers_pixels(trained, sampler, scheduler):
 
 def test_several_loras_checkpoints_seeds_and_prompts_stand_side_by_side(trained):
     loras = trained.base / "models" / "loras" / "lumina2"
-    with safe_open(loras / "validated.safetensors", framework="pt") as file:
-        metadata = file.metadata()
-    weights = load_file(loras / "validated.safetensors")
-    stronger = {key: 3 * weight if "lora_B" in key else weight for key, weight in weights.items()}
-    save_file(stronger, loras / "stronger.safetensors", metadata)
+    stronger = combine([(read_adapters(loras / "validated.safetensors"), 3.0)])
+    write_adapters(loras / "stronger.safetensors", stronger.adapters, "diffusers")  # which ComfyUI would not take
     graph = {
         "model": workflow()["model"],
         "draw": validate_sample(

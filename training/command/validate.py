@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter.adapter import add_adapter
-from ..config.adapter import LoRASettings
+from ..adapter.formats.layers import Adapters, add_to
+from ..adapter.formats.read import read_adapters
 from ..config.databackend import find_path
 from ..config.validation import Prompt, ValidationSettings
 from ..data.prompts import SYSTEM_PROMPTS, with_system_prompt
@@ -69,18 +68,15 @@ def run(options: argparse.Namespace) -> Answer:
     transformer = open_transformer(model, device)
     transformer.compute_dtype = choose_computing(plan.config.settings().precision, device).dtype
     transformer.eval()
-    kinds: list[tuple[str, AbstractContextManager[object]]] = []
+    kinds: list[tuple[str, Adapters | None]] = [] if lora and options.without_base else [("base", None)]
     if lora:
-        adapter = add_adapter(transformer, LoRASettings(targets="all", init_lora=str(lora)), 0)
-        kinds.append((lora.stem, nullcontext()))
-        if not options.without_base:
-            kinds.insert(0, ("base", adapter.off()))
-    else:
-        kinds.append(("base", nullcontext()))
+        kinds.append((lora.stem, read_adapters(lora, transformer.config)))
 
     def drawn() -> Iterator[tuple[Picture, np.ndarray]]:
-        for label, weights in kinds:
-            with weights, torch.no_grad():
+        for label, adapters in kinds:
+            if adapters:
+                add_to(transformer, adapters)
+            with torch.no_grad():
                 for prompt in prompts:
                     for number in range(settings.num_validation_images):
                         for size in settings.sizes:
