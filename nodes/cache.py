@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..training.cache.latents import cache_latents
+from ..training.cache.store import Store
 from ..training.cache.texts import cache_texts
 from ..training.config.settings import Config
 from ..training.config.validation import ValidationSettings
@@ -37,6 +38,9 @@ class Lumina2CacheLatents(io.ComfyNode):
                     max=256,
                     tooltip="Pictures encoded at a time; lower it if memory is short.",
                 ),
+                ConfigSocket.Input(
+                    "config", optional=True, tooltip="A config whose vae_batch_size and cache_dir_vae win over these."
+                ),
             ],
             outputs=[LatentsSocket.Output(display_name="latents", tooltip="For the train node.")],
             hidden=[io.Hidden.unique_id],
@@ -49,19 +53,20 @@ class Lumina2CacheLatents(io.ComfyNode):
         return cache("latents").state()  # what was deleted or found damaged is made again
 
     @classmethod
-    def execute(cls, dataset: Dataset, vae: Any, batch_size: int) -> io.NodeOutput:
+    def execute(cls, dataset: Dataset, vae: Any, batch_size: int, config: Config | None = None) -> io.NodeOutput:
         import comfy.model_management
 
         from .bridge import vae_fingerprint
 
         progress = Progress(cls.hidden.unique_id)
         progress.say("reading the VAE")
+        told = config.data if config else {}
         latents = cache_latents(
             dataset,
             vae.encode,
             vae_fingerprint(vae),
-            cache("latents"),
-            batch_size,
+            _store("latents", told.get("cache_dir_vae")),
+            told.get("vae_batch_size", batch_size),
             counting(progress, "encoding picture"),
             shares_cores=comfy.model_management.is_device_cpu(vae.device),
         )
@@ -102,7 +107,8 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
                     "config",
                     optional=True,
                     tooltip="A config: the prompts of its slider are encoded too, and its validation settings hold "
-                    "where none are wired.",
+                    "where none are wired. Its tokenizer_max_length, system_prompt, write_batch_size and cache_dir_text "
+                    "win over these.",
                 ),
             ],
             outputs=[EmbedsSocket.Output(display_name="embeds", tooltip="For the train node.")],
@@ -129,20 +135,28 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
 
         progress = Progress(cls.hidden.unique_id)
         progress.say("reading the text encoder")
+        told, kept = config.data if config else {}, dataset.texts
+        system_prompt = told.get("system_prompt", system_prompt)
+        max_tokens = told.get("tokenizer_max_length", max_tokens)
         embeds = cache_texts(
             dataset,
             lambda text: embed_text(clip, text, max_tokens),
             clip_fingerprint(clip),
             SYSTEM_PROMPTS[system_prompt],
             max_tokens,
-            cache("text"),
+            _store("text", kept.cache_dir or told.get("cache_dir_text")),
             counting(progress, "encoding caption"),
+            told.get("write_batch_size", kept.write_batch_size),
             validation=validation or _validation_of(config),
             others=config.slider if config else (),
         )
         cut = f"; {len(embeds.cut)} cut to {max_tokens} tokens, first: {embeds.cut[0][-60:]}" if embeds.cut else ""
         progress.say(f"captions of {embeds.count} pictures{cut}")
         return io.NodeOutput(embeds)
+
+
+def _store(kind: str, named: str | None) -> Store:
+    return Store(named) if named else cache(kind)
 
 
 def _validation_of(config: Config | None) -> ValidationSettings | None:

@@ -10,8 +10,10 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..training.config.adapter import AdapterSettings, LoRASettings
-from ..training.config.databackend import Backends, find_path, write_databackend
+from ..training.config.databackend.keys import Backends
+from ..training.config.databackend.write import write_databackend
 from ..training.config.optim import OptimizerSettings
+from ..training.config.paths import find_path
 from ..training.config.settings import Config, TrainSettings, check_run_name
 from ..training.config.simpletuner.imported import Imported, Places
 from ..training.config.simpletuner.read import read_config
@@ -23,7 +25,6 @@ from . import places
 from .sockets import AdapterSocket, ConfigSocket, DatasetSocket, ValidationSocket
 
 SAVED = "configs"  # under output/lumina2, a folder each
-_NEXT_TO_PICTURES = {"vae_batch_size", "text_encoder_batch_size", "write_batch_size", "aws_max_pool_connections"}
 
 
 class Lumina2LoadConfig(io.ComfyNode):
@@ -91,9 +92,8 @@ def _report(imported: Imported) -> list[str]:
     length = f"{imported.epochs} epochs" if imported.epochs else f"{settings.steps} steps"
     first = f"{imported.places.run_name or 'A run'}: {kind}, {length}, {settings.optimizer.optimizer}"
     lines = [f"{first} at {settings.optimizer.learning_rate:g}, batch size {settings.batch_size}.", *imported.report]
-    elsewhere = [name for name in imported.datasets if name not in _NEXT_TO_PICTURES]
-    if elsewhere:
-        lines.append(f"For datasets, set in multidatabackend.json: {', '.join(elsewhere)}.")
+    if imported.datasets:
+        lines.append(f"For datasets and caches, where config is wired into them: {', '.join(imported.datasets)}.")
     if imported.epochs:
         lines.append("The train node's own steps are taken: set them there, or max_train_steps in the file.")
     model = imported.places.pretrained_model_name_or_path

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 import folder_paths
 from comfy_api.latest import io
 
-from ..training.config.databackend import read_databackend, resolve
+from ..training.config.databackend.keys import Backends
+from ..training.config.databackend.read import read_databackend
 from ..training.config.dataset import (
     ALIGNMENTS_PX,
     BACKGROUNDS,
@@ -26,14 +27,17 @@ from ..training.config.dataset import (
     MixSettings,
     SourceSettings,
     TableSettings,
+    TextCacheSettings,
 )
+from ..training.config.paths import placed
+from ..training.config.settings import Config
 from ..training.data.dataset import Dataset, append, load_dataset
 from ..training.data.sources.opening import open_source
 from ..training.errors import Lumina2Error, SettingError
 from .glimpse import glimpse
 from .places import cache_root, dataset_folder
 from .progress import Progress
-from .sockets import DatasetOptionsSocket, DatasetSocket
+from .sockets import ConfigSocket, DatasetOptionsSocket, DatasetSocket
 
 CROPS = ("preserve", "square", "closest", "random", "none")
 KINDS = ("image", "eval")
@@ -274,6 +278,12 @@ class Lumina2LoadDatasetConfig(io.ComfyNode):
                     tooltip="The multidatabackend.json: a full path, or one under ComfyUI's input folder.",
                 ),
                 DatasetSocket.Input("dataset", optional=True, tooltip="Another dataset to add these to."),
+                ConfigSocket.Input(
+                    "config",
+                    optional=True,
+                    tooltip="Load Training Config: what its config.json says of datasets holds where this file says "
+                    "nothing.",
+                ),
             ],
             outputs=[
                 DatasetSocket.Output(display_name="dataset", tooltip="Pictures, crops and captions."),
@@ -287,19 +297,23 @@ class Lumina2LoadDatasetConfig(io.ComfyNode):
         if not file or not file.strip():
             return float("nan")
         try:
-            settings = configured(file)[0]
+            settings = configured(file).datasets
             pictures = [open_source(one, cache_root() / "images").fingerprint() for one in settings]
             return " ".join([*pictures, repr(settings)])
+        except SettingError:
+            return float("nan")  # it may be whole with what a config says
         except Lumina2Error:
             return "missing"
 
     @classmethod
-    def execute(cls, file: str, dataset: Dataset | None = None) -> io.NodeOutput:
-        settings, notes = configured(file)
-        read = load_parts(cls.hidden.unique_id, settings, dataset)
-        loaded = read[0]
-        report = [*notes, *(line for one in loaded.reports for line in one.lines())]
-        return io.NodeOutput(loaded, "\n".join(report), ui=read.ui)
+    def execute(cls, file: str, dataset: Dataset | None = None, config: Config | None = None) -> io.NodeOutput:
+        backends = configured(file, config)
+        read = load_parts(cls.hidden.unique_id, backends.datasets, dataset)
+        texts = backends.text_cache if read[0].texts == TextCacheSettings() else read[0].texts
+        loaded = replace(read[0], texts=texts)
+        report = [*backends.notes, *(line for one in loaded.reports for line in one.lines())]
+        text = "\n".join(report)
+        return io.NodeOutput(loaded, text, ui={**read.ui, "text": (text,)})
 
 
 def load_parts(
@@ -331,19 +345,11 @@ def _problems(problems: tuple[str, ...]) -> str:
     return f"; {len(problems)} skipped: {problems[0]}" if problems else ""
 
 
-def configured(file: str) -> tuple[tuple[DatasetSettings, ...], tuple[str, ...]]:
+def configured(file: str, config: Config | None = None) -> Backends:
+    """A ``multidatabackend.json`` as it is used. Raises like ``read_databackend``."""
     path = Path(folder_paths.get_input_directory()) / Path(file.strip().strip('"')).expanduser()
-    read = read_databackend(path)
-    folders = [Path(folder_paths.base_path), path.parent, *path.parent.parents]
-    filters = read.text_cache.caption_filter_list
-    datasets = []
-    for one in read.datasets:
-        captions = replace(one.captions, caption_filter_list=filters + one.captions.caption_filter_list)
-        datasets.append(resolve(replace(one, captions=captions), folders))
-    notes = list(read.notes)
-    if read.text_cache.cache_dir:
-        notes.append("cache_dir of text embeds is not used here: Cache Text Embeds keeps them.")
-    return tuple(datasets), tuple(notes)
+    data = config.data if config else {}
+    return placed(read_databackend(path, data), [Path(folder_paths.base_path), path.parent, *path.parent.parents], data)
 
 
 def folder_settings(folder: str, options: Iterable[tuple[str, Any]] = (), **values: Any) -> DatasetSettings:

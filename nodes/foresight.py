@@ -186,7 +186,7 @@ def _dataset(node: Shown) -> Dataset:
             options = _evaluated(node.behind("options")) or ()
             settings = (folder_settings(widgets.pop("folder"), options, **DATASET_DEFAULTS | widgets),)
         elif node.type == Lumina2LoadDatasetConfig.__name__:
-            settings = configured(widgets["file"])[0]
+            settings = configured(widgets["file"], _evaluated(node.behind("config"))).datasets
         else:
             raise UnknownError(node.type)
     except (KeyError, TypeError, AttributeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class Lumina2ReportSettings(io.ComfyNode):
             values["webhook_config"] = str(Path(folder_paths.base_path) / Path(file).expanduser())
             ReportSettings(webhook_config=values["webhook_config"]).webhooks()
         before = config or Config({})
-        chosen = Config({**before.values, **values}, before.adapter, before.run_name)
+        chosen = replace(before, values={**before.values, **values})
         chosen.check()
         return io.NodeOutput(chosen)
 

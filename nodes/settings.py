@@ -402,7 +402,8 @@ class Lumina2TrainingSettings(io.ComfyNode):
             "flow_schedule_shift": flow_schedule_shift or None,
             "weight_decay": None if weight_decay < 0 else weight_decay,
         }
-        chosen = Config({**(config.values if config else {}), **values, **json_object(more)})
+        before = config or Config({})
+        chosen = replace(before, values={**before.values, **values, **json_object(more)})
         chosen.check()
         return io.NodeOutput(chosen)
 

@@ -35,7 +35,13 @@ def pictures(*nodes: Node, note: str = "") -> Group:
     return Group("2 Pictures", note or usual, "Pictures and captions", (nodes,))
 
 
-def prepare(data: str = "data", batch_size: int = 8, embeds: dict[str, str] | None = None, *more: Node) -> Group:
+def prepare(
+    data: str = "data",
+    batch_size: int = 8,
+    embeds: dict[str, str] | None = None,
+    *more: Node,
+    latents: dict[str, str] | None = None,
+) -> Group:
     return Group(
         "3 Prepare",
         "Pictures and captions are encoded once\n\nand kept for the next training.",
@@ -46,7 +52,7 @@ def prepare(data: str = "data", batch_size: int = 8, embeds: dict[str, str] | No
                     "latents",
                     "Lumina2CacheLatents",
                     {"batch_size": batch_size},
-                    {"dataset": f"{data}.dataset", "vae": "load.VAE"},
+                    {"dataset": f"{data}.dataset", "vae": "load.VAE", **(latents or {})},
                 ),
                 Node(
                     "embeds",
@@ -128,6 +134,7 @@ def compare(prompt: str, prompts: str, pixels: int = 64, grid: bool = True, trai
     return Group("5 Compare", note, "Before and after", tuple(map(tuple, columns)), width_px=290)
 
 
+REPORT_PX = 100  # what a node needs to tell what it understood
 CHECKPOINTS = "\n".join(f"nano-checkpoints/checkpoint-{step}" for step in (100, 200, 300))
 EMOJI = "red heart\ncat face\ngrinning face\nevergreen tree"
 WITH_LORA = {"adapter": "lora.adapter"}
@@ -169,12 +176,21 @@ TEMPLATES: dict[str, tuple[Group, ...]] = {
             "Configuration",
             (
                 (
-                    Node("config", "Lumina2LoadConfig", {"file": "bundled: nano-simpletuner"}),
-                    Node("data", "Lumina2LoadDatasetConfig", wires={"file": "config.dataset_file"}),
+                    Node(
+                        "config", "Lumina2LoadConfig", {"file": "bundled: nano-simpletuner"}, height_px=REPORT_PX + 153
+                    ),
+                    Node(
+                        "data",
+                        "Lumina2LoadDatasetConfig",
+                        wires={"file": "config.dataset_file", "config": "config.config"},
+                        height_px=2 * REPORT_PX + 104,
+                    ),
                 ),
             ),
         ),
-        prepare(embeds={"validation": "config.validation"}),
+        prepare(
+            embeds={"validation": "config.validation", "config": "config.config"}, latents={"config": "config.config"}
+        ),
         train_group(train(wires={"config": "config.config"}, run_name="", steps=300, rank=16)),
         compare("red heart", EMOJI),
     ),

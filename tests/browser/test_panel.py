@@ -348,6 +348,10 @@ def test_folders_are_offered_where_they_are_typed(open_page, load_template, serv
         """() => {
             app.canvas.ds.scale = 1
             app.canvas.centerOnNode(app.graph._nodes.find(node => node.type === 'Lumina2LoadDataset'))
+            const config = LiteGraph.createNode('Lumina2LoadConfig')
+            app.graph.add(config)
+            config.widgets[0].value = 'bundled: nano-simpletuner'
+            config.pos = [0, -600]
         }"""
     )
     number = page.evaluate("app.graph._nodes.find(node => node.type === 'Lumina2LoadDataset').id")
@@ -375,8 +379,11 @@ def test_what_a_dataset_gave_stands_on_its_node(open_page, load_template):
             app.queuePrompt(0, 1)
         }"""
     )
-    shown = page.locator(".lumina2-dataset")
+    shown = page.locator(".lumina2-dataset", has=page.locator("img"))
     shown.get_by_text("pictures: 16 · buckets: 1").wait_for(timeout=WAIT_MS)
     assert shown.locator("img").count() == 6
+    report = page.locator(".lumina2-report")
+    report.get_by_text("lora_dropout 0.1 (ours 0.0)").wait_for(timeout=WAIT_MS, state="attached")
+    assert "Switch adopt_our_defaults on" in report.text_content(), "what was understood stands on the node"
     shot(page, "dataset-classic")
     assert ours(page) == []

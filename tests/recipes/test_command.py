@@ -11,83 +11,41 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = ROOT / "tests" / "simpletuner"
 # The sample that SimpleTuner's users have, changed only in paths, model, sizes, steps, and trackers that need a login.
-SAMPLE = {
-    "base_model_precision": "int8-torchao",
+SAMPLE = json.loads((SAMPLES / "config.json").read_text()) | {
     "checkpoint_step_interval": 3,
-    "data_backend_config": "config/lumina2/multidatabackend.json",
-    "disable_bucket_pruning": True,
     "eval_steps_interval": 3,
-    "evaluation_type": "clip",
-    "flow_schedule_auto_shift": True,
-    "gradient_checkpointing": True,
-    "hub_model_id": "lumina2-lora",
-    "learning_rate": 1e-4,
-    "lora_alpha": 16,
-    "lora_rank": 16,
-    "lora_type": "standard",
-    "lr_scheduler": "constant",
     "max_train_steps": 6,
-    "model_family": "lumina2",
-    "model_type": "lora",
-    "num_train_epochs": 0,
-    "optimizer": "adamw_bf16",
-    "output_dir": "output/lumina2",
     "pretrained_model_name_or_path": "lumina2-nano",
     "push_checkpoints_to_hub": False,
     "push_to_hub": False,
-    "quantize_via": "cpu",
     "report_to": "none",
-    "seed": 42,
-    "tracker_project_name": "lumina2-training",
-    "tracker_run_name": "lumina2-lora",
-    "train_batch_size": 4,
-    "use_ema": True,
-    "vae_batch_size": 1,
-    "validation_disable_unconditional": True,
-    "validation_guidance": 4.0,
-    "validation_guidance_rescale": 0.0,
-    "validation_negative_prompt": "ugly, cropped, blurry, low-quality, mediocre average",
     "validation_num_inference_steps": 4,
-    "validation_prompt": "A photo-realistic image of a cat",
-    "validation_prompt_library": False,
     "validation_resolution": "64x64",
-    "validation_seed": 42,
     "validation_step_interval": 3,
     "--user_prompt_library": "config/user_prompt_library.json",
 }
-DATASETS = [
-    {
-        "id": "lumina2-training",
-        "type": "local",
-        "crop": True,
-        "crop_aspect": "square",
-        "crop_style": "center",
-        "resolution": 64,
-        "minimum_image_size": 32,
-        "maximum_image_size": 128,
-        "target_downsample_size": 64,
-        "resolution_type": "pixel_area",
-        "cache_dir_vae": "cache/vae/lumina2/training",
-        "instance_data_dir": str(ROOT / "assets" / "nano" / "style"),
-        "caption_strategy": "textfile",
-        "metadata_backend": "discovery",
-    },
-    {
-        "id": "text-embeds",
-        "type": "local",
-        "dataset_type": "text_embeds",
-        "default": True,
-        "cache_dir": "cache/text/lumina2",
-        "disabled": False,
-        "write_batch_size": 128,
-    },
-]
+DATASETS = json.loads((SAMPLES / "multidatabackend.json").read_text())
+DATASETS[0] |= {
+    "resolution": 64,
+    "minimum_image_size": 32,
+    "maximum_image_size": 128,
+    "target_downsample_size": 64,
+    "instance_data_dir": str(ROOT / "assets" / "nano" / "style"),
+}
 
 
-def start(folder, *arguments, wait=True):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", str(ROOT), *map(str, arguments), "--device", "cpu", "--json"]
+def start(folder, *arguments, wait=True, without_comfyui=False):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    python = [sys.executable, "-I"]
+    if without_comfyui:  # whatever of it is imported fails
+        for name in ("comfy", "comfy_api", "comfy_execution", "folder_paths", "server"):
+            (folder / "poison").mkdir(exist_ok=True)
+            (folder / "poison" / f"{name}.py").write_text("raise ImportError('there is no ComfyUI')")
+        environment["PYTHONPATH"] = str(folder / "poison")
+        python = [sys.executable]
+    command = [*python, str(ROOT), *map(str, arguments), "--device", "cpu", "--json"]
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -153,7 +111,7 @@ def test_init_then_train_with_nothing_between(tmp_path):
         [sys.executable, "-I", str(ROOT), "init", pictures, "--model", "lumina2-nano", "--steps", "4", "--json"],
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    found, _ = start(tmp_path, "train", "--config", json.loads(made.stdout)["config"])
+    found, _ = start(tmp_path, "train", "--config", json.loads(made.stdout)["config"], without_comfyui=True)
     assert (found["run"], found["status"], found["step"]) == ("my pictures", "finished", 4)
     drawn, _ = start(tmp_path, "validate", "--config", found["folder"] + "/config.json", "--lora", found["file"])
     assert [picture["weights"] for picture in drawn["pictures"]] == ["base", "my pictures"]
@@ -179,12 +137,15 @@ def test_a_signal_stops_after_the_step_with_everything_saved(tmp_path, number):
 
 
 def test_one_run_in_comfyui_and_on_the_command_line(server, tmp_path):
-    """Both train the same, loss for loss, from one cache, and each goes on with the other's run."""
+    """Both train the sample, loss for loss, from one cache, and each goes on with the other's run."""
     output = server.base / "output" / "lumina2"
-    same = {"base_model_precision": "no_change", "validation_disable": True, "evaluation_type": "none",
-            "eval_steps_interval": None, "output_dir": str(output)}  # fmt: skip
-    file = write(tmp_path, **same)
-    datasets = [{key: value for key, value in DATASETS[0].items() if key != "cache_dir_vae"}]
+    shared = {
+        "output_dir": str(output),
+        "--user_prompt_library": str(tmp_path / "config" / "user_prompt_library.json"),
+    }
+    file = write(tmp_path, **shared)
+    caches = [{"cache_dir_vae": str(tmp_path / "vae")}, {"cache_dir": str(tmp_path / "text")}]
+    datasets = [{**entry, **place} for entry, place in zip(DATASETS, caches, strict=True)]
     (file.parent / "multidatabackend.json").write_text(json.dumps(datasets), encoding="utf-8")
 
     def node(kind, **inputs):
@@ -195,13 +156,14 @@ def test_one_run_in_comfyui_and_on_the_command_line(server, tmp_path):
             {
                 "model": node("Lumina2LoadDiffusers", folder="lumina2-nano (bundled)", dtype="auto"),
                 "config": node("Lumina2LoadConfig", file=str(path), adopt_our_defaults=False),
-                "data": node("Lumina2LoadDatasetConfig", file=["config", 2]),
-                "latents": node("Lumina2CacheLatents", dataset=["data", 0], vae=["model", 2], batch_size=1),
+                "data": node("Lumina2LoadDatasetConfig", file=["config", 2], config=["config", 0]),
+                "latents": node("Lumina2CacheLatents", dataset=["data", 0], vae=["model", 2], batch_size=3,
+                                config=["config", 0]),
                 "texts": node("Lumina2CacheTextEmbeds", dataset=["data", 0], clip=["model", 1],
-                              system_prompt="superior", max_tokens=256),
+                              system_prompt="none", max_tokens=7, config=["config", 0]),
                 "train": node("TrainLumina2LoRA", model=["model", 0], latents=["latents", 0], embeds=["texts", 0],
-                              config=["config", 0], run_name="", steps=1, learning_rate=1.0, rank=1, batch_size=1,
-                              seed=0, resume="continue"),
+                              config=["config", 0], vae=["model", 2], run_name="", steps=1, learning_rate=1.0, rank=1,
+                              batch_size=1, seed=0, resume="continue"),
             }
         )  # fmt: skip
 
@@ -209,22 +171,30 @@ def test_one_run_in_comfyui_and_on_the_command_line(server, tmp_path):
     run = output / "lumina2-lora"
     by_node = losses(run)
     assert len(by_node) == 6
-    kept = {path.name for path in (output / ".cache").rglob("*.safetensors")}
+    drawn = {path.relative_to(run).as_posix() for path in run.rglob("*.png")}
+    kept = set(tmp_path.rglob("*.safetensors"))
+    assert {path.parent.name for path in kept} == {"vae", "text"}, "the folders of the dataset file"
     start(tmp_path, "train", "--config", file, "--tracker_run_name", "by command")
-    assert losses(output / "by command") == by_node
-    start(tmp_path, "train", "--config", file, "--output_dir", "out", "--tracker_run_name", "own caches")
-    assert losses(tmp_path / "out" / "own caches") == pytest.approx(by_node, rel=1e-4)
-    # validation's negative prompt is embedded on the command line, and nothing else is made again
-    assert len({path.name for path in (output / ".cache").rglob("*.safetensors")} - kept) <= 1
-    longer, _ = start(tmp_path, "train", "--config", file, "--max_train_steps", 8)
-    assert "continuing from step 6" in longer["message"]
-    assert Path(longer["file"]) == server.base / "models" / "loras" / "lumina2" / "lumina2-lora.safetensors"
+    other = output / "by command"
+    assert losses(other) == by_node
+    assert {path.relative_to(other).as_posix() for path in other.rglob("*.png")} == drawn
+    assert set(tmp_path.rglob("*.safetensors")) == kept, "one cache: nothing is encoded twice"
 
-    elsewhere = {"max_train_steps": 10, "data_backend_config": str(file.parent / "multidatabackend.json")}
-    queue(write(tmp_path / "longer", **same, **elsewhere))
-    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["step"] == 10
-    assert losses(run)[:6] == by_node
-    assert not (output / "lumina2-lora-2").exists()
+    quiet = ["--validation_disable", "--eval_loss_disable", "--evaluation_type", "none"]
+    own = [{**entry, **{name: "own/" + name for name in place}} for entry, place in zip(DATASETS, caches, strict=True)]
+    (file.parent / "own.json").write_text(json.dumps(own), encoding="utf-8")
+    elsewhere = ["--output_dir", "out", "--data_backend_config", str(file.parent / "own.json")]
+    start(tmp_path, "train", "--config", file, *elsewhere, *quiet)
+    assert losses(tmp_path / "out" / "lumina2-lora") == pytest.approx(by_node, rel=1e-4)
+
+    longer, _ = start(tmp_path, "train", "--config", file, "--max_train_steps", 7, *quiet)
+    assert "continuing from step 6" in longer["message"], "begun in ComfyUI"
+    assert Path(longer["file"]) == server.base / "models" / "loras" / "lumina2" / "lumina2-lora.safetensors"
+    begun = {"max_train_steps": 7, "validation_disable": True, "tracker_run_name": "by command"}
+    queue(write(tmp_path / "longer", **shared, **begun, data_backend_config=str(file.parent / "multidatabackend.json")))
+    assert json.loads((other / "run.json").read_text(encoding="utf-8"))["step"] == 7, "begun on the command line"
+    assert losses(other)[:6] == by_node
+    assert not (output / "by command-2").exists()
 
 
 def test_two_processes_train_one_run(tmp_path):

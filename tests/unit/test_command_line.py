@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from training.__main__ import COMMANDS, main
+from training.command import cache
 from training.command.plan import open_plan, overrides, run_store
 from training.command.terminal import RunLines, Terminal, obeying_signals
 from training.errors import SettingError
@@ -253,6 +254,13 @@ def test_runs_in_comfyuis_output_leave_their_files_in_its_models(tmp_path):
     store = run_store(output)
     assert (store.root, store.loras) == (output, tmp_path / "models" / "loras" / "lumina2")
     assert store.models == tmp_path / "models" / "diffusion_models" / "lumina2"
+
+
+def test_a_missing_folder_is_told_before_a_model_is_fetched(ask, monkeypatch):
+    monkeypatch.setattr(cache, "find_model", None)  # would be called
+    datasets("/no such folder")
+    code, _, error = ask("cache", "--config", config())
+    assert (code, "/no such folder is no folder here" in error) == (1, True)
 
 
 def test_train_starts_nothing_that_would_fail(ask, pictures):

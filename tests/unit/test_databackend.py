@@ -1,22 +1,18 @@
 """SimpleTuner's ``multidatabackend.json``, read and written."""
 
 import json
+import re
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.config.databackend import (
-    Backends,
-    TextCacheSettings,
-    parse_databackend,
-    plain_json,
-    read_databackend,
-    resolve,
-    write_databackend,
-)
+from training.config.databackend.keys import Backends
+from training.config.databackend.read import parse_databackend, read_databackend
+from training.config.databackend.write import write_databackend
 from training.config.dataset import (
     ALIGNMENTS_PX,
     BACKGROUNDS,
@@ -32,17 +28,13 @@ from training.config.dataset import (
     MixSettings,
     SourceSettings,
     TableSettings,
+    TextCacheSettings,
 )
+from training.config.json_text import plain_json
+from training.config.paths import resolve
 from training.errors import SettingError
 
-SAMPLE = """
-[{"id": "lumina2-training", "type": "local", "crop": true, "crop_aspect": "square", "crop_style": "center",
-  "resolution": 1024, "minimum_image_size": 512, "maximum_image_size": 2048, "target_downsample_size": 1024,
-  "resolution_type": "pixel_area", "cache_dir_vae": "cache/vae/lumina2/training",
-  "instance_data_dir": "/datasets/training", "caption_strategy": "textfile", "metadata_backend": "discovery"},
- {"id": "text-embeds", "type": "local", "dataset_type": "text_embeds", "default": true,
-  "cache_dir": "cache/text/lumina2", "disabled": false, "write_batch_size": 128}]
-"""
+SAMPLE = (Path(__file__).parents[1] / "simpletuner" / "multidatabackend.json").read_text()
 
 
 def parse(*entries, defaults=None):
@@ -226,6 +218,100 @@ def test_keys_without_effect_are_listed_once():
     assert backends.notes == ("No effect here: hash_filenames, delete_unwanted_images, num_proc.",)
 
 
+TEXT_CACHE = {"id": "texts", "dataset_type": "text_embeds", "default": True, "type": "local", "cache_dir": "c/text"}
+# Whole files as people write them, and of each dataset what has to come of it.
+WRITTEN = {
+    "two datasets and regularisation": (
+        [{"id": "cats", "type": "local", "instance_data_dir": "cats", "repeats": "9", "crop": "False",
+          "resolution": 512, "resolution_type": "pixel", "caption_strategy": "textfile"},
+         {"id": "dogs", "instance_data_dir": "dogs", "probability": 0.5, "start_epoch": 2,
+          "caption_strategy": "filename"},
+         {"id": "others", "instance_data_dir": "o", "is_regularization_data": "true", "crop": "True"}, TEXT_CACHE],
+        {"cats": {"mix.repeats": 9, "geometry.crop": False, "geometry.resolution": 512},
+         "dogs": {"mix.probability": 0.5, "mix.start_epoch": 2},
+         "others": {"mix.is_regularisation_data": True, "geometry.crop": True}},
+    ),
+    "S3": (
+        [{"id": "bucket", "type": "aws", "aws_bucket_name": "pictures", "aws_data_prefix": "train",
+          "aws_endpoint_url": "https://s3.example", "aws_region_name": None, "aws_access_key_id": "id",
+          "aws_secret_access_key": "key", "caption_strategy": "textfile", "metadata_backend": "json",
+          "vae_cache_clear_each_epoch": True},
+         {**TEXT_CACHE, "type": "aws", "aws_bucket_name": "texts", "aws_access_key_id": "id"}],
+        {"bucket": {"source.aws_bucket_name": "pictures", "source.aws_data_prefix": "train",
+                    "cache.vae_cache_clear_each_epoch": True}},
+    ),
+    "csv of addresses": (
+        [{"id": "list", "type": "csv", "csv_file": "p.csv", "csv_caption_column": "text", "csv_url_column": "image_url",
+          "csv_cache_dir": "c/csv", "caption_strategy": "csv", "hash_filenames": True}, TEXT_CACHE],
+        {"list": {"source.type": "csv", "source.table.path": "p.csv", "source.table.caption_column": ("text",),
+                  "source.table.filename_column": "image_url"}},
+    ),
+    "parquet": (
+        [{"id": "photos", "type": "local", "instance_data_dir": "p", "caption_strategy": "parquet",
+          "metadata_backend": "parquet", "parquet": {"path": "p.parquet", "filename_column": "id",
+          "caption_column": "caption", "fallback_caption_column": "tags", "width_column": "width",
+          "height_column": "height", "identifier_includes_extension": False}}, TEXT_CACHE],
+        {"photos": {"source.table.fallback_caption_column": "tags", "source.table.width_column": "width",
+                    "source.table.identifier_includes_extension": False}},
+    ),
+    "Hugging Face": (
+        [{"id": "hub", "type": "huggingface", "dataset_name": "me/cats", "split": "train", "image_column": "image",
+          "caption_strategy": "huggingface", "caption_column": ["long", "short"], "num_proc": 16,
+          "metadata_backend": "huggingface", "huggingface": {"filter_func": {"min_width": 512}}}, TEXT_CACHE],
+        {"hub": {"source.dataset_name": "me/cats", "source.table.caption_column": ("long", "short"),
+                 "source.filter_func": {"min_width": 512}}},
+    ),
+    "masks, held-out pictures and several sizes": (
+        [{"id": "a", "instance_data_dir": "a", "conditioning_data": "m", "resolution": [512, 768], "crop": True,
+          "crop_aspect": "closest", "crop_aspect_buckets": [1.0, 0.75, 1.33]},
+         {"id": "m", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "m"},
+         {"id": "kept", "dataset_type": "eval", "instance_data_dir": "k"}, TEXT_CACHE],
+        {"a-512": {"mix.conditioning_data": "m"}, "a-768": {"geometry.resolution": 768},
+         "m": {"mix.conditioning_type": "mask"}, "kept": {"mix.dataset_type": "eval"}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_files_as_people_write_them(name):
+    entries, expected = WRITTEN[name]
+    backends = parse(*entries)
+    assert [each.id for each in backends.datasets] == list(expected)
+    assert backends.text_cache.cache_dir == "c/text"
+    for dataset in backends.datasets:
+        for path, value in expected[dataset.id].items():
+            assert attrgetter(path)(dataset) == value, path
+    again = parse(*json.loads(json.dumps(write_databackend(backends))))
+    assert replace(again, notes=()) == replace(backends, notes=())
+
+
+KEYS = """
+id type dataset_type instance_data_dir disabled disable cache_dir_vae resolution resolution_type minimum_image_size
+maximum_image_size target_downsample_size minimum_aspect_ratio maximum_aspect_ratio max_upscale_threshold crop
+crop_aspect crop_aspect_buckets crop_style caption_strategy instance_prompt prepend_instance_prompt
+only_instance_prompt disable_multiline_split caption_shuffle caption_filter_list parquet csv_file csv_caption_column
+csv_cache_dir metadata_backend vae_cache_disable vae_cache_ondemand vae_cache_clear_each_epoch
+vae_cache_scan_behaviour skip_file_discovery preserve_data_backend_cache override_dataset_config image_embeds
+text_embeds dataset_name split revision image_column caption_column num_proc huggingface aws_bucket_name
+aws_endpoint_url aws_region_name aws_access_key_id aws_secret_access_key aws_session_token aws_data_prefix
+aws_max_pool_connections conditioning_data conditioning_type conditioning source_dataset_id repeats probability
+start_epoch start_step end_epoch end_step disable_after_epoch_step is_regularisation_data is_regularization_data
+max_num_samples train_batch_size vae_batch_size write_batch_size delete_unwanted_images timestep_sampling_offset
+hash_filenames text_encoder_batch_size text_cache_ondemand text_cache_disable cache_dir
+"""
+
+
+def test_every_key_of_simpletuners_documents_is_known():
+    for key in KEYS.split():
+        try:
+            parse({"id": "a", key: {}} if key != "id" else {"id": "a"})
+        except SettingError as error:
+            said = str(error)
+        else:
+            said = ""
+        assert "there is no setting" not in said, key
+
+
 @pytest.mark.parametrize(
     ("sentence", "keys"),
     [
@@ -260,7 +346,10 @@ def test_keys_without_effect_are_listed_once():
     ],
 )
 def test_a_mistake_is_named_with_its_place(sentence, keys):
-    refused(sentence, **keys)
+    with pytest.raises(SettingError, match=sentence) as error:
+        one(**keys)
+    assert str(error.value).startswith('multi.json, dataset "a"')
+    assert re.search(r"; \w|, which|, but ", str(error.value)), "a remedy behind what is wrong"
 
 
 def test_entries_need_ids_of_their_own():
@@ -480,7 +569,7 @@ mixes = st.builds(
 )
 caches = st.builds(CacheSettings, counts, counts, st.booleans(), st.booleans(), maybe, st.sampled_from(ON_BAD_IMAGE))
 datasets = st.builds(DatasetSettings, names, sources, geometries(), captions, mixes, caches)
-text_caches = st.builds(TextCacheSettings, maybe, counts, counts, st.booleans(), several)
+text_caches = st.builds(TextCacheSettings, maybe, counts, several)
 
 
 @settings(deadline=None, max_examples=150)

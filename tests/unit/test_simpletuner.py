@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from scripts import settings_page
 from training.config.adapter import FullSettings, LoRASettings, LyCORISSettings
-from training.config.databackend import _GLOBAL
+from training.config.databackend.keys import GLOBAL
 from training.config.objective import ObjectiveSettings, ScheduledSamplingSettings
 from training.config.optim import OptimizerSettings
 from training.config.precision import PrecisionSettings
@@ -33,22 +33,7 @@ from training.config.simpletuner.write import from_settings, with_lycoris, write
 from training.config.validation import ValidationSettings
 from training.errors import SettingError
 
-SAMPLE = json.loads("""
-{"base_model_precision": "int8-torchao", "checkpoint_step_interval": 50,
- "data_backend_config": "config/lumina2/multidatabackend.json", "disable_bucket_pruning": true,
- "eval_steps_interval": 50, "evaluation_type": "clip", "flow_schedule_auto_shift": true, "gradient_checkpointing": true,
- "hub_model_id": "lumina2-lora", "learning_rate": 1e-4, "lora_alpha": 16, "lora_rank": 16, "lora_type": "standard",
- "lr_scheduler": "constant", "max_train_steps": 400000, "model_family": "lumina2", "model_type": "lora",
- "num_train_epochs": 0, "optimizer": "adamw_bf16", "output_dir": "output/lumina2", "push_checkpoints_to_hub": true,
- "push_to_hub": true, "quantize_via": "cpu", "report_to": "wandb", "seed": 42,
- "tracker_project_name": "lumina2-training", "tracker_run_name": "lumina2-lora", "train_batch_size": 4,
- "use_ema": true, "vae_batch_size": 1, "validation_disable_unconditional": true, "validation_guidance": 4.0,
- "validation_guidance_rescale": 0.0,
- "validation_negative_prompt": "ugly, cropped, blurry, low-quality, mediocre average",
- "validation_num_inference_steps": 40, "validation_prompt": "A photo-realistic image of a cat",
- "validation_prompt_library": false, "validation_resolution": "1024x1024", "validation_seed": 42,
- "validation_step_interval": 50}
-""")
+SAMPLE = json.loads((Path(__file__).parents[1] / "simpletuner" / "config.json").read_text())
 LORA = {"model_type": "lora", "max_train_steps": 100, "learning_rate": 1e-4}
 LOKR = {"algo": "lokr", "multiplier": 1.0, "linear_dim": 10000, "linear_alpha": 1, "factor": 16, "full_matrix": True,
         "apply_preset": {"target_module": ["Attention"], "module_algo_map": {"Attention": {"factor": 16}}}}  # fmt: skip
@@ -220,6 +205,7 @@ def test_one_sentence_names_file_option_and_remedy(name):
     with pytest.raises(SettingError, match=sentence) as error:
         parse_config(options, "my/config.json")
     assert str(error.value).count("my/config.json") == 1
+    assert re.search(r"; (?:\w|$)|\. [A-Z]|, and ", str(error.value)), "a remedy behind what is wrong"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +319,63 @@ def test_every_option_acts(name):
         before[name] = 0.5
     if name == "lycoris_config":
         before[name] = LOKR
-    assert parse_config({**before, name: other}) != parse_config(before)
+    read = parse_config({**before, name: other})
+    assert read != parse_config(before)
+    if name != "webhook_config":  # whose address is written nowhere
+        again = parse_config(json.loads(json.dumps(with_lycoris(write_config(read)))))
+        assert (again.settings(7), again.places, again.epochs) == (read.settings(7), read.places, read.epochs)
+        assert (again.config.validation, again.config.report) == (read.config.validation, read.config.report)
+        assert again.datasets == read.datasets
+
+
+# Every option that SimpleTuner's own documents name for Lumina2, by what it is about.
+NAMED = """
+model_family model_flavour model_type pretrained_model_name_or_path pretrained_transformer_model_name_or_path
+pretrained_vae_model_name_or_path revision tokenizer_max_length vae_dtype vae_batch_size vae_cache_disable
+vae_cache_ondemand vae_cache_clear_each_epoch vae_cache_scan_behaviour lora_type lora_rank lora_alpha lora_dropout
+lora_init_type lora_format use_dora init_lora init_lora_step peft_lora_target_modules lycoris_config init_lokr_norm
+fuse_qkv_projections flow_schedule_shift flow_schedule_auto_shift flow_sigmoid_scale flow_use_uniform_schedule
+flow_use_beta_schedule flow_beta_schedule_alpha flow_beta_schedule_beta flow_cubic_schedule_weights
+flow_custom_timesteps flow_timesteps_mode mixflow_enabled mixflow_gamma snr_gamma use_soft_min_snr snr_weight
+offset_noise prediction_type disable_segmented_timestep_sampling input_perturbation input_perturbation_steps loss_type
+huber_c huber_schedule masked_loss_probability caption_dropout_probability optimizer optimizer_config optimizer_beta1
+optimizer_beta2 optimizer_release_gradients optimizer_cpu_offload_method learning_rate lr_scheduler lr_warmup_steps
+lr_num_cycles lr_power lr_end lr_scale lr_scale_sqrt max_grad_norm grad_clip_method use_ema ema_decay
+ema_update_interval ema_device ema_cpu_only ema_foreach_disable ema_warmup_steps ema_validation base_model_precision
+quantize_via quantization_config i_know_what_i_am_doing base_model_default_dtype mixed_precision
+gradient_checkpointing gradient_checkpointing_interval gradient_checkpointing_backend
+gradient_checkpointing_segment_stride musubi_blocks_to_swap ramtorch validation_step_interval validation_steps
+validation_epoch_interval validate_after_step validate_after_epoch validation_disable disable_benchmark
+validation_disable_unconditional validation_prompt_library user_prompt_library validation_prompt
+validation_negative_prompt validation_noise_scheduler validation_guidance validation_guidance_rescale
+validation_num_inference_steps validation_lycoris_strength validation_seed validation_seed_source validation_randomize
+num_validation_images validation_resolution validation_adapter_path validation_adapter_name
+validation_adapter_strength validation_adapter_mode validation_adapter_config evaluation_type eval_steps_interval
+eval_epoch_interval num_eval_images eval_timesteps eval_dataset_pooling eval_loss_disable num_train_epochs
+max_train_steps strict_epoch_limit train_batch_size gradient_accumulation_steps seed checkpoint_step_interval
+checkpointing_steps checkpoint_epoch_interval checkpoints_total_limit checkpointing_rolling_steps
+resume_from_checkpoint disable_bucket_pruning report_to tracker_project_name tracker_run_name push_to_hub
+push_checkpoints_to_hub push_to_hub_background hub_model_id model_card_private webhook_config publishing_config
+post_checkpoint_script post_upload_script validation_external_script disk_low_threshold data_backend_config
+data_backend_sampling output_dir write_batch_size text_encoder_batch_size text_cache_ondemand text_cache_disable
+override_dataset_config skip_file_discovery preserve_data_backend_cache resolution resolution_type minimum_image_size
+maximum_image_size target_downsample_size aspect_bucket_rounding delete_unwanted_images max_upscale_threshold
+caption_strategy instance_prompt prepend_instance_prompt only_instance_prompt allow_dataset_oversubscription
+cache_dir_text cache_dir_vae controlnet twinflow_enabled deepspeed_config fsdp_enable
+scheduled_sampling_max_step_offset scheduled_sampling_strategy scheduled_sampling_probability
+scheduled_sampling_prob_start scheduled_sampling_prob_end scheduled_sampling_ramp_steps scheduled_sampling_start_step
+scheduled_sampling_ramp_shape scheduled_sampling_sampler scheduled_sampling_order scheduled_sampling_reflexflow
+scheduled_sampling_reflexflow_alpha scheduled_sampling_reflexflow_beta1 scheduled_sampling_reflexflow_beta2
+"""
+
+
+def test_every_named_option_is_in_the_table():
+    assert sorted(set(NAMED.split()) - known_names()) == []
+
+
+def test_there_are_enough_of_both():
+    assert len(WRITTEN) >= 25
+    assert len(BROKEN) >= 30
 
 
 def test_the_table_is_whole():
@@ -345,7 +387,7 @@ def test_the_table_is_whole():
     assert {o.ours for o in OPTIONS.values()} - everything - {BY_HAND} == set()
     by_hand = {name for name, option in OPTIONS.items() if option.ours == BY_HAND}
     assert by_hand.isdisjoint(o.ours for o in OPTIONS.values())
-    assert _OF_DATASETS == _GLOBAL, "what config.json may tell of datasets"
+    assert _OF_DATASETS == GLOBAL, "what config.json may tell of datasets"
 
 
 # And back

@@ -14,7 +14,9 @@ from ..cache.texts import TextCache, cache_texts
 from ..config.checks import one_of
 from ..data.dataset import Dataset, append, load_dataset
 from ..data.prompts import SYSTEM_PROMPTS
+from ..errors import DataError
 from .answer import Answer
+from .machine import of_datasets
 from .pipeline import VAE, Model, TextEncoder, choose_device, find_model
 from .plan import Plan, add_arguments, open_plan
 from .terminal import InterruptedEarlyError, Terminal, obeying_signals
@@ -43,6 +45,8 @@ def run(options: argparse.Namespace) -> Answer:
     plan, terminal = open_plan(options), Terminal()
     for line in plan.report:
         terminal.say(line)
+    if missing := [finding.text for finding in of_datasets(plan) if finding.fatal]:
+        raise DataError(" ".join(missing))
     model = find_model(plan.config.places, plan.config.folders, download=True)
     try:
         with obeying_signals(terminal.control, terminal.say):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
-from ..config.databackend import parse_databackend, plain_json
-from ..errors import SettingError
+from ..config.databackend.read import read_databackend
+from ..config.json_text import plain_json
 from .answer import DONE, WARNED, Answer
 from .machine import look_around
 from .pipeline import choose_device
@@ -52,11 +51,7 @@ def holds_datasets(path: Path) -> bool:
 
 
 def _of_datasets(path: Path, strict: bool) -> Answer:
-    try:
-        entries = json.loads(plain_json(path.read_text(encoding="utf-8-sig")))
-    except json.JSONDecodeError as error:
-        raise SettingError(f"{path}, line {error.lineno}, is not JSON ({error.msg}); correct it there.") from None
-    backends = parse_databackend(entries, str(path), folders=[Path(), *path.absolute().parents])
+    backends = read_databackend(path)
     missing = [
         f'Dataset "{each.id}": instance_data_dir {each.source.instance_data_dir} is no folder here.'
         for each in backends.datasets

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.files import PREFIX
-from ..config.databackend import read_databackend, resolve
+from ..config.databackend.read import read_databackend
 from ..config.dataset import DatasetSettings, SourceSettings
+from ..config.paths import resolve
 from ..config.settings import TrainSettings
 from ..config.simpletuner.read import read_config
 from ..data.dataset import load_dataset

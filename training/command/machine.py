@@ -47,7 +47,7 @@ def look_around(plan: Plan, device: torch.device, download: bool = False) -> lis
         download: a model that is not here would be fetched, so that it is not missing.
     """
     settings = plan.config.settings()
-    found = list(_of_files(plan))
+    found = [*of_datasets(plan), *_of_validation(plan)]
     model: Model | None = None
     measures = TransformerConfig()
     try:
@@ -62,9 +62,8 @@ def look_around(plan: Plan, device: torch.device, download: bool = False) -> lis
     return found + list(_of_disk(plan, settings, peak))
 
 
-def _of_files(plan: Plan) -> Iterator[Finding]:
-    from ..report.login import login_problems
-
+def of_datasets(plan: Plan) -> Iterator[Finding]:
+    """What is missing of the pictures."""
     for each in plan.datasets:
         folder = each.source.instance_data_dir
         if each.source.type == "local" and not Path(folder).is_dir():
@@ -76,6 +75,11 @@ def _of_files(plan: Plan) -> Iterator[Finding]:
                 f'Dataset "{each.id}": minimum_image_size {each.geometry.minimum_image_size:g} lets pictures in that '
                 f"are enlarged up to {factor:.1f} times to {each.geometry.resolution:g}; raise it if they look soft."
             )
+
+
+def _of_validation(plan: Plan) -> Iterator[Finding]:
+    from ..report.login import login_problems
+
     validation = plan.config.config.validation
     if validation.eval_steps_interval and not any(each.mix.dataset_type == "eval" for each in plan.datasets):
         yield Finding(

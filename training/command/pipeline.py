@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.databackend import find_path
+from ..config.paths import find_path
 from ..config.simpletuner.imported import Places
 from ..errors import ModelError
 from ..files import read_json

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config.databackend import Backends, TextCacheSettings, find_path, read_databackend, resolve
-from ..config.dataset import DatasetSettings
+from ..config.databackend.keys import Backends
+from ..config.databackend.read import read_databackend
+from ..config.dataset import DatasetSettings, TextCacheSettings
+from ..config.paths import find_path, find_place, placed
 from ..config.simpletuner.imported import Imported
 from ..config.simpletuner.read import parse_config, read_config
 from ..errors import SettingError
@@ -29,6 +31,7 @@ class Plan:
     data_file: Path
     backends: Backends
     datasets: tuple[DatasetSettings, ...]  # with paths as they were found
+    text_cache: TextCacheSettings  # the same
     output: Path  # where runs lie, each in a folder of its own
 
     @property
@@ -41,13 +44,8 @@ class Plan:
         return self.output / ".cache"
 
     @property
-    def text_cache(self) -> TextCacheSettings:
-        return self.backends.text_cache
-
-    @property
     def text_folder(self) -> Path:
-        named = self.text_cache.cache_dir or self.config.places.cache_dir_text
-        return absolute(named, self.config.folders) if named else self.caches / "text"
+        return Path(self.text_cache.cache_dir).absolute() if self.text_cache.cache_dir else self.caches / "text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,25 +106,9 @@ def plan(config: Imported, file: Path | None = None) -> Plan:
     written = config.places.data_backend_config or "multidatabackend.json"
     data_file = Path(find_path(written, config.folders))
     backends = read_databackend(data_file, config.dataset_defaults)
-    folders = (*config.folders, *data_file.absolute().parents)
-    datasets = tuple(_dataset(each, backends, config, folders) for each in backends.datasets)
-    return Plan(file, config, data_file, backends, datasets, absolute(config.places.output_dir, config.folders))
-
-
-def absolute(written: str, folders: Sequence[Path]) -> Path:
-    """A folder that may not be there yet: where one of ``folders`` has it, else in the working folder."""
-    return Path(find_path(written, folders)).expanduser().absolute()
-
-
-def _dataset(
-    settings: DatasetSettings, backends: Backends, config: Imported, folders: Sequence[Path]
-) -> DatasetSettings:
-    filters = backends.text_cache.caption_filter_list + settings.captions.caption_filter_list
-    cache = settings.cache
-    if config.places.cache_dir_vae and not cache.cache_dir_vae:
-        cache = replace(cache, cache_dir_vae=config.places.cache_dir_vae)
-    captions = replace(settings.captions, caption_filter_list=filters)
-    return resolve(replace(settings, captions=captions, cache=cache), folders)
+    used = placed(backends, (*config.folders, *data_file.absolute().parents), config.config.data)
+    output = Path(find_place(config.places.output_dir, config.folders)).absolute()
+    return Plan(file, config, data_file, backends, used.datasets, used.text_cache, output)
 
 
 def run_store(output: Path) -> RunStore:

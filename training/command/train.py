@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..config.databackend import write_databackend
+from ..config.databackend.write import write_databackend
 from ..config.settings import TrainSettings
 from ..config.simpletuner.write import LYCORIS_NAME, write_config
 from ..errors import SettingError

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..adapter.formats.layers import Adapters, add_to
 from ..adapter.formats.read import read_adapters
-from ..config.databackend import find_path
+from ..config.paths import find_path
 from ..config.validation import Prompt, ValidationSettings
 from ..data.prompts import SYSTEM_PROMPTS, with_system_prompt
 from ..errors import SettingError

@@ -258,6 +258,18 @@ class CacheSettings:
 
 
 @dataclass(frozen=True)
+class TextCacheSettings:
+    """How text embeddings are made and kept."""
+
+    cache_dir: str = ""  # empty: the common one
+    write_batch_size: int = 128
+    caption_filter_list: tuple[str, ...] = ()  # of every dataset, before a dataset's own
+
+    def __post_init__(self) -> None:
+        require(self.write_batch_size >= 1, "write_batch_size", self.write_batch_size, "choose at least 1")
+
+
+@dataclass(frozen=True)
 class DatasetSettings:
     """One dataset."""
 

@@ -82,6 +82,7 @@ class Config:
     values: Mapping[str, Any]
     adapter: AdapterSettings | None = None  # what kind is trained, where nothing else says so
     run_name: str = ""  # for a node that names none
+    data: Mapping[str, Any] = field(default_factory=dict)  # of datasets and caches, under SimpleTuner's names
 
     def __post_init__(self) -> None:
         known = {*TrainSettings().written(), *_adapter_names(), *_names(ValidationSettings), *_names(ReportSettings)}

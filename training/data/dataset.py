@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config.dataset import CaptionSettings, DatasetSettings, GeometrySettings
+from ..config.dataset import CaptionSettings, DatasetSettings, GeometrySettings, TextCacheSettings
 from ..errors import DataError
 from .geometry import REASONS, Plan, draw_for, needs_draws, plan_crops
 from .index import Index, Progress, index_file, read_index, record_content, scan
@@ -68,6 +68,7 @@ class Dataset:
 
     parts: tuple[Part, ...]
     reports: tuple[Report, ...] = field(default=(), compare=False)
+    texts: TextCacheSettings = field(default_factory=TextCacheSettings)  # how its captions are kept
 
     @property
     def pictures(self) -> int:
@@ -124,7 +125,7 @@ def load_dataset(
 
 
 def append(first: Dataset, second: Dataset) -> Dataset:
-    """Both together; a second dataset of the same id gets a number."""
+    """Both together; a second dataset of the same id gets a number. Captions are kept as the first tells."""
     parts = list(first.parts)
     reports = list(first.reports)
     for part, report in zip(second.parts, second.reports, strict=True):
@@ -135,7 +136,8 @@ def append(first: Dataset, second: Dataset) -> Dataset:
             name, number = f"{part.settings.id}-{number}", number + 1
         parts.append(replace(part, settings=replace(part.settings, id=name)))
         reports.append(replace(report, id=name))
-    return Dataset(tuple(parts), tuple(reports))
+    texts = first.texts if first.texts != TextCacheSettings() else second.texts
+    return Dataset(tuple(parts), tuple(reports), texts)
 
 
 def open_rows(part: Part, epoch: int = 0) -> Rows:

@@ -1,4 +1,5 @@
-// What a dataset gave, on the node that read it: the first crops, counts, and what is wrong.
+// What a dataset gave, on the node that read it: the first crops, counts, and what is wrong. And what any of our nodes
+// tells in words.
 
 import { make, style } from "./elements.mjs";
 import { described, everyNode } from "./graph.mjs";
@@ -9,12 +10,13 @@ const HEIGHT = 92; // also in lumina2.css
 const WIDGET = "lumina2_dataset";
 const DATASET_NODES = ["Lumina2LoadDataset", "Lumina2LoadDatasetConfig"];
 
-function place(node) {
+/** An element of its own on a node, behind its widgets; nothing of it is saved. */
+export function place(node, name) {
   style();
-  const known = node.widgets?.find((widget) => widget.name === WIDGET);
+  const known = node.widgets?.find((widget) => widget.name === name);
   if (known) return known.element;
   const element = make("div.panel.dataset");
-  const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
+  const widget = node.addDOMWidget(name, name, element, {
     serialize: false,
     hideOnZoom: false,
     getMinHeight: () => HEIGHT,
@@ -27,7 +29,7 @@ function place(node) {
 
 /** `read`: what the server's glimpse tells. */
 export function show(node, read) {
-  const element = place(node);
+  const element = place(node, WIDGET);
   const sizes = read.buckets.map(([width, height, count]) => `${width}×${height}: ${count}`).join(", ");
   const wrong = [
     ...read.problems,
@@ -47,6 +49,11 @@ export function show(node, read) {
     make("div.row", {}, make("span.grow", { title: sizes }, counts), problems),
     make("div.strip", {}, read.crops.map((src) => make("img.crop", { src, alt: "" }))),
   );
+}
+
+/** A node's report, as it is. */
+export function tell(node, text) {
+  place(node, "lumina2_report").replaceChildren(make("div.report", {}, text));
 }
 
 /** Of nodes that ComfyUI took from its cache it sends nothing; `ids`: those nodes. */

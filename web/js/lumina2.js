@@ -7,7 +7,6 @@ import { app } from "../../../scripts/app.js";
 const CATEGORY = "Lumina2";
 const TRAIN_NODES = ["TrainLumina2LoRA", "TrainLumina2Full"];
 const HIDDEN_WIDGETS = ["continue_token", "attempt"]; // a saved workflow carries them, nobody sets them by hand
-const DATASET_NODES = ["Lumina2LoadDataset", "Lumina2LoadDatasetConfig"];
 const FOLDER_WIDGETS = { Lumina2LoadDataset: "folder" };
 const PANEL_HEIGHT = 268; // also in lumina2.css: some frontends ask the widget, others the element
 const TAB = "lumina2-runs";
@@ -158,14 +157,16 @@ app.registerExtension({
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
+    if (nodeData.category !== CATEGORY) return;
     const train = TRAIN_NODES.includes(nodeData.name);
-    if (!train && !DATASET_NODES.includes(nodeData.name)) return;
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = async function (...results) {
       onExecuted?.apply(this, results);
       if (train) app.refreshComboInNodes(); // a LoRA that was just trained appears in every loader's list
       const read = results[0]?.lumina2_dataset?.[0];
       if (read) (await import("./dataset.mjs")).show(this, read);
+      const text = results[0]?.text?.join("\n");
+      if (text) (await import("./dataset.mjs")).tell(this, text);
     };
   },
 });

@@ -11,7 +11,8 @@ from typing import Any
 
 from ...errors import SettingError
 from ..adapter import REGEX, AdapterSettings, FullSettings, LoRASettings, LyCORISSettings, lycoris_from_json
-from ..databackend import find_path, plain_json
+from ..json_text import plain_json
+from ..paths import find_path
 
 EVERY_STACK = "layers,noise_refiner,context_refiner"  # SimpleTuner adapts all of them
 LYCORIS_FILE = "config/lycoris_config.json"  # where SimpleTuner looks for it by default

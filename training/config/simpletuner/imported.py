@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import AdapterSettings, FullSettings, LoRASettings, LyCORISSettings
+from ..paths import find_place
 from ..report import ReportSettings
 from ..settings import Config, TrainSettings
 from ..validation import ValidationSettings
@@ -52,7 +53,11 @@ class Imported:
     @property
     def config(self) -> Config:
         """What a LUMINA2_CONFIG carries."""
-        return Config(self.values, self.adapter, self.places.run_name)
+        places = {name: getattr(self.places, name) for name in ("tokenizer_max_length", "system_prompt")}
+        for name in ("cache_dir_text", "cache_dir_vae"):
+            if written := getattr(self.places, name):
+                places[name] = find_place(written, self.folders)
+        return Config(self.values, self.adapter, self.places.run_name, {**self.dataset_defaults, **places})
 
     def settings(self, steps: int = 0) -> TrainSettings:
         """Everything that a training is told.

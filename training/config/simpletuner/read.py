@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Any
 from ...errors import SettingError
 from ..adapter import AdapterSettings, FullSettings, LoRASettings
 from ..checks import one_of
-from ..databackend import find_path, plain_json
+from ..json_text import read_json_text
+from ..paths import find_path
 from ..settings import TrainSettings, check_run_name
+from ..values import filled, is_absent, typed
 from .adapters import lora_targets, lycoris, prefix, with_own
 from .imported import Imported, Places, beside_defaults, own_kinds
 from .table import (
@@ -30,7 +31,6 @@ from .table import (
     known_names,
     without_effect,
 )
-from .values import filled, is_absent, typed
 
 
 def read_config(
@@ -49,16 +49,7 @@ def read_config(
     Raises:
         SettingError: the file cannot be read, or as ``parse_config``.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise SettingError(f"{path} does not exist; name a config.json of SimpleTuner's kind.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} cannot be read ({error}); it has to be a JSON file in UTF-8.") from None
-    try:
-        values = json.loads(plain_json(text))
-    except json.JSONDecodeError as error:
-        raise SettingError(f"{path}, line {error.lineno}, is not JSON ({error.msg}); correct it there.") from None
+    values = read_json_text(path, "name a config.json of SimpleTuner's kind")
     folders = (base, *path.absolute().parents)
     return parse_config(values, str(path), adopt_our_defaults, overrides, folders)
 

@@ -139,11 +139,9 @@ instance_prompt                         text    ''                       =
 prepend_instance_prompt                 bool    False                    =
 only_instance_prompt                    bool    False                    =
 vae_batch_size                          int     4                        =
-text_encoder_batch_size                 int     1                        =
 write_batch_size                        int     128                      =
 vae_cache_disable                       bool    False                    =
 vae_cache_clear_each_epoch              bool    None                     =
-text_cache_disable                      bool    False                    =
 cache_dir_text                          text    ''                       =
 cache_dir_vae                           text    ''                       =
 aws_max_pool_connections                int     128                      =
@@ -270,9 +268,9 @@ validation_image_format validation_image_quality validation_preview validation_p
 validation_using_datasets eval_dataset_pooling eval_dataset_id conditioning_multidataset_sampling
 validation_stitch_input_location validation_method""",
         "the caches here need no such choice": """
-cache_dir cache_file_suffix compress_disk_cache text_cache_ondemand text_embed_full_cache vae_cache_ondemand
-vae_cache_preprocess vae_cache_scan_behaviour aspect_bucket_disable_rebuild skip_file_discovery
-preserve_data_backend_cache override_dataset_config image_processing_batch_size read_batch_size
+cache_dir cache_file_suffix compress_disk_cache text_cache_ondemand text_cache_disable text_encoder_batch_size
+text_embed_full_cache vae_cache_ondemand vae_cache_preprocess vae_cache_scan_behaviour aspect_bucket_disable_rebuild
+skip_file_discovery preserve_data_backend_cache override_dataset_config image_processing_batch_size read_batch_size
 enable_multiprocessing max_workers torch_num_threads dataloader_prefetch dataloader_prefetch_qlen
 aspect_bucket_worker_count metadata_update_interval ignore_missing_files allow_dataset_oversubscription""",
         "it is an option of a dataset: set it in multidatabackend.json": """

@@ -1,4 +1,4 @@
-"""Values of ``config.json`` as they are meant: numbers and truth values may be written as texts."""
+"""Values of SimpleTuner's files as they are meant: numbers and truth values may be written as texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ...errors import SettingError
+from ..errors import SettingError
 
 
 def typed(name: str, kind: str, value: Any, place: str) -> Any:
@@ -52,31 +52,31 @@ def is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip() in ("", "None", "null"))
 
 
-def _boolean(value: Any) -> bool:
+def boolean(value: Any) -> bool:
     if isinstance(value, bool):
         return value
     words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
     return words[str(value).strip().lower()]
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     if isinstance(value, bool):
         raise TypeError
-    number = float(value)
-    if not math.isfinite(number):
+    found = float(value)
+    if not math.isfinite(found):
         raise ValueError
-    return number
+    return found
 
 
-def _whole(value: Any) -> int:
+def whole(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value.strip()):
         return int(value)  # beyond what a float can hold
-    number = _number(value)
-    if not number.is_integer():
+    found = number(value)
+    if not found.is_integer():
         raise ValueError
-    return int(number)
+    return int(found)
 
 
 def _text(value: Any) -> str:
@@ -104,13 +104,13 @@ def _block(value: Any) -> Any:
 
 
 KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "bool": ("true or false", _boolean),
-    "int": ("a whole number", _whole),
-    "float": ("a number", _number),
+    "bool": ("true or false", boolean),
+    "int": ("a whole number", whole),
+    "float": ("a number", number),
     "text": ("a text", _text),
     "names": ("a list of names", lambda value: tuple(map(_text, _list(value)))),
     "commas": ("a text, or a list of texts", lambda value: ",".join(map(_text, _list(value)))),
-    "numbers": ("a list of numbers", lambda value: tuple(map(_number, _list(value)))),
+    "numbers": ("a list of numbers", lambda value: tuple(map(number, _list(value)))),
     "block": ("a block {…}, or the path of a JSON file", _block),
     "any": ("a value", lambda value: tuple(value) if isinstance(value, list) else value),
 }

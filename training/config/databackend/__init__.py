@@ -1,0 +1,1 @@
+"""SimpleTuner's ``multidatabackend.json``: its keys, reading and writing."""
