@@ -304,7 +304,8 @@ hash_filenames text_encoder_batch_size text_cache_ondemand text_cache_disable ca
 def test_every_key_of_simpletuners_documents_is_known():
     for key in KEYS.split():
         try:
-            parse({"id": "a", key: {}} if key != "id" else {"id": "a"})
+            kind = "huggingface" if key == "caption_column" else "local"
+            parse({"type": kind, key: {}, "id": "a"})
         except SettingError as error:
             said = str(error)
         else:

@@ -4,6 +4,7 @@ The trainings are started by the command line. Of a model they have stand-ins: a
 and what a VAE and a text encoder would give. The hub and wandb are met where a request would leave this machine.
 """
 
+import functools
 import io
 import json
 from collections.abc import Callable
@@ -69,6 +70,7 @@ class Seen:
     pushed: list[tuple[str, list[str]]] = field(default_factory=list)  # repository and files
     wandb: list[tuple[str, str]] = field(default_factory=list)  # project and run
     stored: int = 0  # layers that are stored smaller
+    texts: list[str] = field(default_factory=list)  # that the text encoder read
 
     @cached_property
     def run(self) -> Path:
@@ -141,7 +143,7 @@ class _WandB:
 def look(tmp_path_factory):
     """Trains in a folder of its own, with keys of the files changed."""
 
-    def look(config=None, pictures=None, texts=None, more=()):
+    def look(config=None, pictures=None, texts=None, more=(), command="train"):
         folder = tmp_path_factory.mktemp("look")
         (folder / "pictures").mkdir()
         for number, size in enumerate(SIZES):
@@ -158,9 +160,9 @@ def look(tmp_path_factory):
         entries[0]["id"] = "from another file"
         (folder / "other data.json").write_text(json.dumps(entries))
         (folder / "config.json").write_text(json.dumps({**SAMPLE, **HERE, **(config or {})}))
-        return watch(folder)
+        return watch(folder, command)
 
-    def watch(folder):
+    def watch(folder, command):
         seen = Seen(folder, 0, None, "")
         transformer = tiny.transformer()
 
@@ -192,6 +194,7 @@ def look(tmp_path_factory):
                 pass
 
             def embed(self, text, max_tokens):
+                seen.texts.append(text)
                 return tiny._embed(text)
 
         def quantised(model, mode, via=None):
@@ -211,11 +214,12 @@ def look(tmp_path_factory):
             patch.setattr(login, "hub_problem", lambda settings: None)
             patch.setattr(cache, "VAE", VAE)
             patch.setattr(cache, "TextEncoder", TextEncoder)
+            patch.setattr(train, "look_around", lambda *given, **options: [])  # has tests of its own
             patch.setattr(train, "open_transformer", lambda model, device: transformer)
             patch.setattr(session, "quantise", quantised)
             patch.setattr(hub, "_commit", committed)
             patch.setattr("accelerate.tracking.WandBTracker", _WandB)
-            seen.code = main(["train", "--config", str(folder / "config.json"), "--device", "cpu", "--json"])
+            seen.code = main([command, "--config", str(folder / "config.json"), "--device", "cpu", "--json"])
         seen.said = err.getvalue()
         seen.found = json.loads(out.getvalue()) if out.getvalue().strip() else None
         seen.stored = sum(isinstance(module, StoredLinear) for module in transformer.modules())
@@ -224,25 +228,49 @@ def look(tmp_path_factory):
     return look
 
 
-@pytest.fixture(scope="module")
-def first(look):
-    """The sample as it is."""
-    seen = look()
-    assert (seen.code, seen.found["status"], seen.found["step"]) == (0, "finished", 2), seen.said
-    return seen
-
-
 Look = Callable[[Seen], Any]
+KEPT = {**PICTURES, **PICTURES_HERE, "id": "kept", "dataset_type": "eval", "instance_data_dir": "others"}
+SECOND = {"id": "second", "dataset_type": "text_embeds", "default": None, "cache_dir": "second"}
+# What is changed in each training; where several keys are, what is looked at tells them apart.
+TRAININGS: dict[str, dict[str, Any]] = {
+    "the sample": {},
+    "names and sizes": {"config": {
+        "checkpoint_step_interval": 1, "lora_rank": 4, "lora_alpha": 2, "output_dir": "elsewhere",
+        "tracker_run_name": "cats", "tracker_project_name": "animals", "hub_model_id": "me/cats",
+        "lr_scheduler": "cosine", "gradient_checkpointing": False, "vae_batch_size": 2,
+        "validation_resolution": "64x32", "base_model_precision": "no_change", "use_ema": False,
+        "data_backend_config": "other data.json", "user_prompt_library": "more.json", "validation_step_interval": 1,
+        "train_batch_size": 1,
+    }},
+    "told otherwise": {"config": {
+        "report_to": "simpletuner", "learning_rate": 1e-3, "push_to_hub": False, "quantize_via": "accelerator",
+        "validation_seed": 7, "validation_prompt": "an owl",
+    }},
+    "shorter": {"config": {
+        "max_train_steps": 1, "push_checkpoints_to_hub": False, "validation_disable_unconditional": False,
+        "evaluation_type": "none", "lora_type": "lycoris", "lycoris_config": "lycoris.json",
+        "validation_num_inference_steps": 1,
+    }},
+    "no shift": {"config": {"flow_schedule_auto_shift": False, "validation_guidance_rescale": 0.7}},
+    "another seed": {"config": {"seed": 7, "validation_negative_prompt": "blue"}},
+    "lion": {"config": {"optimizer": "optimi-lion", "validation_guidance": 1.0}},
+    "full": {"config": {"model_type": "full", "base_model_precision": "no_change", "use_ema": False}},
+    "flux": {"config": {"model_family": "flux"}},
+    "epochs": {"config": {"max_train_steps": 0, "num_train_epochs": 2, "validation_prompt_library": True,
+                          "validation_step_interval": 0, "disable_benchmark": True}},
+    "sizes of their own": {"pictures": {"crop_aspect": "preserve"}},
+    "pruned": {"config": {"disable_bucket_pruning": False}, "pictures": {"crop_aspect": "preserve"}},
+    "held out": {"more": [KEPT]},
+    "not held out": {"more": [KEPT], "config": {"eval_steps_interval": 0}},
+}  # fmt: skip
 
 
-def difference(name: str) -> Look:
+def attribute(name: str) -> Look:
     return lambda seen: getattr(seen, name)
 
 
-def pictures_of(step: int) -> Look:
-    return lambda seen: {
-        name: pixels for name, pixels in seen.samples.items() if name.startswith(f"samples/step-{step}/")
-    }
+def base_pictures(seen: Seen) -> dict[str, bytes]:
+    return {name: pixels for name, pixels in seen.samples.items() if name.startswith("samples/step-0/")}
 
 
 def ids(seen: Seen) -> list[str]:
@@ -253,106 +281,141 @@ def epoch(seen: Seen) -> float:
     return next(event["epoch_steps"] for event in seen.events if event.get("event") == "Started")
 
 
-# A key of config.json -> another value, what is looked at, and other keys without which it would mean nothing.
-CONFIG: dict[str, tuple[Any, Look] | tuple[Any, Look, dict[str, Any]]] = {
-    "base_model_precision": ("no_change", difference("stored")),
-    "checkpoint_step_interval": (1, lambda seen: seen.names("checkpoint-*")),
-    "data_backend_config": ("other data.json", ids),
-    "disable_bucket_pruning": (False, epoch, {"pictures": {"crop_aspect": "preserve"}}),
-    "eval_steps_interval": (0, lambda seen: [e["step"] for e in seen.events if e.get("event") == "Evaluated"],
-                            {"more": [{**PICTURES, **PICTURES_HERE, "id": "kept", "dataset_type": "eval"}]}),
-    "evaluation_type": ("none", lambda seen: "evaluation_type is clip, and" in seen.said),
-    "flow_schedule_auto_shift": (False, difference("losses")),
-    "gradient_checkpointing": (False, difference("blocks_run")),
-    "hub_model_id": ("me/other", lambda seen: {repo for repo, _ in seen.pushed}),
-    "learning_rate": (1e-3, difference("rates")),
-    "lora_alpha": (4, lambda seen: {w.item() for n, w in seen.weights.items() if n.endswith("alpha")}),
-    "lora_rank": (4, difference("shapes")),
-    "lora_type": ("lycoris", lambda seen: {name.rsplit(".", 1)[-1] for name in seen.weights},
-                  {"config": {"lycoris_config": "lycoris.json"}}),
-    "lr_scheduler": ("cosine", difference("rates")),
-    "max_train_steps": (1, lambda seen: seen.found["step"]),
-    "model_family": ("flux", lambda seen: (seen.code, "model_family is 'flux'" in seen.said)),
-    "model_type": ("full", lambda seen: Path(seen.found["file"]).parent.name,
-                   {"config": {"base_model_precision": "no_change", "use_ema": False}}),
-    "num_train_epochs": (2, lambda seen: seen.found["step"], {"config": {"max_train_steps": 0, "num_train_epochs": 1}}),
-    "optimizer": ("optimi-lion", difference("total")),
-    "output_dir": ("elsewhere", lambda seen: seen.run.parent.name),
-    "push_checkpoints_to_hub": (False, lambda seen: any("checkpoints/" in f for _, push in seen.pushed for f in push)),
-    "push_to_hub": (False, lambda seen: any("README.md" in f for _, files in seen.pushed for f in files),
-                    {"config": {"push_checkpoints_to_hub": False}}),
-    "quantize_via": ("accelerator", difference("via")),
-    "report_to": ("simpletuner", lambda seen: (bool(seen.wandb), seen.names("*.html"))),
-    "seed": (7, difference("losses")),
-    "tracker_project_name": ("cats", difference("wandb")),
-    "tracker_run_name": ("cats", lambda seen: seen.run.name),
-    "train_batch_size": (1, epoch),
-    "use_ema": (False, lambda seen: Path(seen.found["file"]).with_stem("lumina2-lora-ema").exists()),
-    "vae_batch_size": (2, lambda seen: max(seen.encoded)),
-    "validation_disable_unconditional": (False, lambda seen: seen.names("unconditional*.png")),
-    "validation_guidance": (1.0, pictures_of(0)),
-    "validation_guidance_rescale": (0.7, pictures_of(0)),
-    "validation_negative_prompt": ("blue", pictures_of(0)),
-    "validation_num_inference_steps": (1, pictures_of(0)),
-    "validation_prompt": ("an owl", pictures_of(0)),
-    "validation_prompt_library": (True, lambda seen: len(seen.names("*.png")), {"config": {"use_ema": False}}),
-    "validation_resolution": ("64x32", pictures_of(0)),
-    "validation_seed": (7, pictures_of(0)),
-    "validation_step_interval": (1, lambda seen: seen.names("step-*")),
-    "user_prompt_library": ("more.json", lambda seen: seen.names("*.png")),
-    }  # fmt: skip
+def told_prompts(seen: Seen) -> set[str]:
+    validated = [event for event in seen.events if event.get("event") == "Validated"]
+    return {sample["prompt"] for event in validated for sample in event["samples"]}
 
-# A key of the pictures' entry -> the same.
-OF_PICTURES: dict[str, tuple[Any, Look] | tuple[Any, Look, dict[str, Any]]] = {
-    "id": ("gradients", lambda seen: {name for event in seen.events for name in event.get("parts", {})}),
-    "type": ("aws", lambda seen: (seen.code, seen.said.splitlines()[-1] if seen.code else "")),
-    "crop": (False, difference("latents")),
-    "crop_aspect": ("preserve", difference("latents")),
-    "crop_style": ("corner", difference("latent_sum")),
-    "resolution": (128, difference("latents")),
-    "minimum_image_size": (60, lambda seen: len(seen.encoded)),
-    "maximum_image_size": (256, difference("latent_sum")),
-    "target_downsample_size": (128, difference("latent_sum")),
-    "resolution_type": ("pixel", difference("latents"), {"pictures": {"crop_aspect": "preserve"}}),
-    "cache_dir_vae": ("cache/vae elsewhere", lambda seen: seen.files("cache/vae")),
+
+def pushed(seen: Seen, what: str) -> bool:
+    return any(what in file for _, files in seen.pushed for file in files)
+
+
+# A key of config.json -> the trainings without and with another value, and what is looked at.
+CONFIG: dict[str, tuple[str, str, Look]] = {
+    "base_model_precision": ("the sample", "names and sizes", attribute("stored")),
+    "checkpoint_step_interval": ("the sample", "names and sizes", lambda seen: seen.names("checkpoint-*")),
+    "data_backend_config": ("the sample", "names and sizes", ids),
+    "disable_bucket_pruning": ("sizes of their own", "pruned", epoch),
+    "eval_steps_interval": ("held out", "not held out",
+                            lambda seen: [e["step"] for e in seen.events if e.get("event") == "Evaluated"]),
+    "evaluation_type": ("the sample", "shorter", lambda seen: "Pictures are not scored" in seen.said),
+    "flow_schedule_auto_shift": ("the sample", "no shift", lambda seen: seen.losses[0]),
+    "gradient_checkpointing": ("the sample", "names and sizes", attribute("blocks_run")),
+    "hub_model_id": ("the sample", "names and sizes", lambda seen: {repo for repo, _ in seen.pushed}),
+    "learning_rate": ("the sample", "told otherwise", attribute("rates")),
+    "lora_alpha": ("the sample", "names and sizes",
+                   lambda seen: {w.item() for n, w in seen.weights.items() if n.endswith("alpha")}),
+    "lora_rank": ("the sample", "names and sizes", attribute("shapes")),
+    "lora_type": ("the sample", "shorter", lambda seen: {name.rsplit(".", 1)[-1] for name in seen.weights}),
+    "lr_scheduler": ("the sample", "names and sizes", attribute("rates")),
+    "max_train_steps": ("the sample", "shorter", lambda seen: seen.found["step"]),
+    "model_family": ("the sample", "flux", lambda seen: (seen.code, "model_family is 'flux'" in seen.said)),
+    "model_type": ("the sample", "full", lambda seen: Path(seen.found["file"]).parent.name),
+    "num_train_epochs": ("the sample", "epochs", lambda seen: seen.found["step"]),
+    "optimizer": ("the sample", "lion", attribute("total")),
+    "output_dir": ("the sample", "names and sizes", lambda seen: seen.run.parent.name),
+    "push_checkpoints_to_hub": ("the sample", "shorter", lambda seen: pushed(seen, "checkpoints/")),
+    "push_to_hub": ("the sample", "told otherwise", lambda seen: pushed(seen, "lumina2-lora-ema.safetensors")),
+    "quantize_via": ("the sample", "told otherwise", attribute("via")),
+    "report_to": ("the sample", "told otherwise", lambda seen: (bool(seen.wandb), bool(seen.names("*.html")))),
+    "seed": ("the sample", "another seed", lambda seen: seen.losses[0]),
+    "tracker_project_name": ("the sample", "names and sizes", lambda seen: [project for project, _ in seen.wandb]),
+    "tracker_run_name": ("the sample", "names and sizes", lambda seen: seen.run.name),
+    "train_batch_size": ("the sample", "names and sizes", epoch),
+    "use_ema": ("the sample", "names and sizes", lambda seen: seen.names("*-ema-0.png")),
+    "vae_batch_size": ("the sample", "names and sizes", lambda seen: max(seen.encoded)),
+    "validation_disable_unconditional": ("the sample", "shorter", lambda seen: seen.names("unconditional*.png")),
+    "validation_guidance": ("the sample", "lion", base_pictures),
+    "validation_guidance_rescale": ("the sample", "no shift", base_pictures),
+    "validation_negative_prompt": ("the sample", "another seed", base_pictures),
+    "validation_num_inference_steps": ("the sample", "shorter",
+                                       lambda seen: seen.samples["samples/step-0/fruit-0.png"]),
+    "validation_prompt": ("the sample", "told otherwise", told_prompts),
+    "validation_prompt_library": ("the sample", "epochs", lambda seen: len(seen.texts) > 20),
+    "validation_resolution": ("the sample", "names and sizes", lambda seen: {len(p) for p in seen.samples.values()}),
+    "validation_seed": ("the sample", "told otherwise", lambda seen: seen.samples["samples/step-0/fruit-0.png"]),
+    "validation_step_interval": ("the sample", "names and sizes", lambda seen: seen.names("step-*")),
+    "user_prompt_library": ("the sample", "names and sizes", lambda seen: bool(seen.names("bird*.png"))),
+}  # fmt: skip
+# A key of the dataset file -> another value, what is looked at after the command cache, and what else is there.
+Row = tuple[Any, Look] | tuple[Any, Look, dict[str, Any]]
+OF_PICTURES: dict[str, Row] = {
+    "id": ("gradients", lambda seen: "gradients: 5 of 5 pictures" in seen.said),
+    "type": ("aws", lambda seen: (seen.code, "aws_bucket_name" in seen.said)),
+    "crop": (False, attribute("latents")),
+    "crop_aspect": ("preserve", attribute("latents")),
+    "crop_style": ("corner", attribute("latent_sum")),
+    "resolution": (128, attribute("latents")),
+    "minimum_image_size": (60, lambda seen: sum(seen.encoded)),
+    "maximum_image_size": (256, attribute("latent_sum")),
+    "target_downsample_size": (128, attribute("latent_sum")),
+    "resolution_type": ("pixel", attribute("latent_sum"), {"pictures": {"crop_aspect": "preserve"}}),
+    "cache_dir_vae": ("cache/elsewhere", lambda seen: seen.files("cache/elsewhere")),
     "instance_data_dir": ("others", lambda seen: sum(seen.encoded)),
-    "caption_strategy": ("filename", difference("losses")),
+    "caption_strategy": ("filename", lambda seen: any("picture 0" in text for text in seen.texts)),
     "metadata_backend": (None, lambda seen: "No effect here: metadata_backend." in seen.said),
 }
-OF_TEXTS: dict[str, tuple[Any, Look] | tuple[Any, Look, dict[str, Any]]] = {
-    "id": ("texts", lambda seen: 'left out: all captions are kept in "texts"' in seen.said,
-           {"more": [{"id": "second", "dataset_type": "text_embeds"}]}),
+OF_TEXTS: dict[str, Row] = {
+    "id": ("texts", lambda seen: 'all captions are kept in "texts"' in seen.said, {"more": [SECOND]}),
     "type": ("aws", lambda seen: "captions are kept on this machine" in seen.said),
     "dataset_type": ("image_embeds", lambda seen: seen.files("cache/text")),
-    "default": (False, lambda seen: seen.files("cache/text"),
-                {"more": [{"id": "second", "dataset_type": "text_embeds", "default": None, "cache_dir": "second"}]}),
-    "cache_dir": ("cache/elsewhere", lambda seen: seen.files("cache/text")),
+    "default": (False, lambda seen: seen.code, {"more": [SECOND]}),
+    "cache_dir": ("cache/elsewhere", lambda seen: seen.files("cache/elsewhere")),
     "disabled": (True, lambda seen: seen.files("cache/text")),
     "write_batch_size": (1, lambda seen: seen.files("cache/text")),
-}  # fmt: skip
+}
 
 
 def test_no_key_is_left_out():
     assert set(CONFIG) == set(SAMPLE) | {"user_prompt_library"}
     assert set(OF_PICTURES) == set(PICTURES)
     assert set(OF_TEXTS) == set(TEXTS)
+    for key, (before, after, _) in CONFIG.items():
+        values = [
+            TRAININGS[name].get("config", {}).get(key, HERE.get(key, SAMPLE.get(key))) for name in (before, after)
+        ]
+        assert values[0] != values[1], key
 
 
-def together(*changes: dict[str, Any]) -> dict[str, Any]:
-    return {kind: {**changes[0].get(kind, {}), **changes[1].get(kind, {})} for kind in ("config", "pictures", "texts")}
+@pytest.fixture(scope="module")
+def training(look):
+    """A training by its name, once."""
+    return functools.cache(lambda name: look(**TRAININGS[name]))
+
+
+def test_the_sample_trains_as_it_is(training):
+    seen = training("the sample")
+    assert (seen.code, seen.found["status"], seen.found["step"]) == (0, "finished", 2), seen.said
+
+
+@pytest.mark.parametrize("key", CONFIG)
+def test_a_key_of_the_config_acts(training, key):
+    before, after, what = CONFIG[key]
+    assert what(training(before)) != what(training(after))
+
+
+def merged(*changes: dict[str, Any]) -> dict[str, Any]:
+    kinds = {kind: {**changes[0].get(kind, {}), **changes[1].get(kind, {})} for kind in ("pictures", "texts")}
+    return {**kinds, "more": changes[0].get("more", ()), "command": "cache"}
+
+
+@pytest.fixture(scope="module")
+def cached(look):
+    """What the dataset file is read as, without a change; once for each thing that is there beside it."""
+    found: dict[str, Seen] = {}
+
+    def cached(also):
+        if repr(also) not in found:
+            found[repr(also)] = look(**merged(also, {}))
+        return found[repr(also)]
+
+    return cached
 
 
 @pytest.mark.parametrize(
-    ("file", "key"),
-    [("config", key) for key in CONFIG]
-    + [("pictures", key) for key in OF_PICTURES]
-    + [("texts", key) for key in OF_TEXTS],
+    ("file", "key"), [("pictures", key) for key in OF_PICTURES] + [("texts", key) for key in OF_TEXTS]
 )
-def test_the_key_acts(look, first, file, key):
-    table = {"config": CONFIG, "pictures": OF_PICTURES, "texts": OF_TEXTS}[file]
-    other, what, *also = table[key]
-    changes = also[0] if also else {}
-    more = changes.get("more", ())
-    before = what(look(**together(changes, {}), more=more)) if changes else what(first)
-    after = what(look(**together(changes, {file: {key: other}}), more=more))
-    assert before != after, f"{key} changes nothing: {before}"
+def test_a_key_of_the_dataset_file_acts(look, cached, file, key):
+    other, what, *more = {"pictures": OF_PICTURES, "texts": OF_TEXTS}[file][key]
+    also = more[0] if more else {}
+    assert what(cached(also)) != what(look(**merged(also, {file: {key: other}})))
