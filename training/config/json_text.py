@@ -20,11 +20,11 @@ def plain_json(text: str) -> str:
     return _TRAILING_COMMA.sub(lambda match: match[1] or "", text)
 
 
-def read_json_text(path: Path, remedy: str) -> Any:
+def read_json_text(path: Path, missing: str) -> Any:
     """What a file holds.
 
     Args:
-        remedy: what to do where the file does not exist.
+        missing: what is said of a file that does not exist, behind its path.
 
     Raises:
         SettingError: it does not exist, or cannot be read.
@@ -32,7 +32,7 @@ def read_json_text(path: Path, remedy: str) -> Any:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise SettingError(f"{path} does not exist; {remedy}.") from None
+        raise SettingError(f"{path} {missing}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"{path} cannot be read ({error}); it has to be a JSON file in UTF-8.") from None
     try:

@@ -39,7 +39,7 @@ def read_databackend(path: Path, defaults: Mapping[str, Any] | None = None) -> B
     Raises:
         SettingError: the file cannot be read, or as ``parse_databackend``.
     """
-    entries = read_json_text(path, "correct data_backend_config")
+    entries = read_json_text(path, "does not exist; correct data_backend_config.")
     return parse_databackend(entries, str(path), defaults, [Path(), *path.absolute().parents])
 
 

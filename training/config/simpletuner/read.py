@@ -49,7 +49,7 @@ def read_config(
     Raises:
         SettingError: the file cannot be read, or as ``parse_config``.
     """
-    values = read_json_text(path, "name a config.json of SimpleTuner's kind")
+    values = read_json_text(path, "does not exist; name a config.json of SimpleTuner's kind.")
     folders = (base, *path.absolute().parents)
     return parse_config(values, str(path), adopt_our_defaults, overrides, folders)
 
