@@ -107,8 +107,8 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
                     "config",
                     optional=True,
                     tooltip="A config: the prompts of its slider are encoded too, and its validation settings hold "
-                    "where none are wired. Its tokenizer_max_length, system_prompt, write_batch_size and cache_dir_text "
-                    "win over these.",
+                    "where none are wired. Its tokenizer_max_length, system_prompt, write_batch_size and "
+                    "cache_dir_text win over these.",
                 ),
             ],
             outputs=[EmbedsSocket.Output(display_name="embeds", tooltip="For the train node.")],

@@ -300,12 +300,16 @@ max_num_samples train_batch_size vae_batch_size write_batch_size delete_unwanted
 hash_filenames text_encoder_batch_size text_cache_ondemand text_cache_disable cache_dir
 """
 
+ONLY_WITH = {
+    "caption_column": {"type": "huggingface"},
+    "source_dataset_id": {"dataset_type": "conditioning", "conditioning_type": "mask"},
+}
+
 
 def test_every_key_of_simpletuners_documents_is_known():
     for key in KEYS.split():
         try:
-            kind = "huggingface" if key == "caption_column" else "local"
-            parse({"type": kind, key: {}, "id": "a"})
+            parse({**ONLY_WITH.get(key, {}), key: {}, "id": "a"})
         except SettingError as error:
             said = str(error)
         else:
