@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from training.adapter.adapter import add_adapter
 from training.adapter.files import check_lora, comfyui_lora
 from training.adapter.lora import add_lora, target_modules
 from training.cache.given import keep_given
@@ -22,10 +23,11 @@ from training.errors import DataError, ModelError, RunError, SettingError
 from training.model.config import TransformerConfig
 from training.model.fingerprint import transformer_fingerprint
 from training.model.transformer import Lumina2Transformer
-from training.run.batches import Batches
+from training.run.batches import Batch, Batches, Captions
 from training.run.checkpoint import newest_checkpoint
 from training.run.events import Between, Said, read_events
 from training.run.folder import RunStore
+from training.run.loop import losses_of
 from training.run.session import Request, train_lora
 
 CONFIG = TransformerConfig(
@@ -535,6 +537,25 @@ def test_going_on_is_exact_whatever_is_trained_with(run, store, tmp_path, change
         averages = [load_file(folder / "cats-ema.safetensors") for folder in (store.loras, run.store.loras)]
         assert same(*averages)
         assert not same(averages[0], whole.lora)
+
+
+def test_a_slider_learns_from_the_base_alone_and_regularisation_from_what_its_teacher_reads():
+    """A fresh LoRA says what the base does, so that each loss is the way which it has to go, squared."""
+    model = transformer()
+    adapter = add_adapter(model, LoRASettings(4), 0)
+    latents, texts, _ = tensors()
+    said = [Captions(text.float()[None], (len(text),)) for text in texts]
+    x, noise, sigmas = latents[0][None], torch.ones(1, 4, 4, 4), torch.tensor([0.5])
+    batch = Batch(x, noise, sigmas, *said[0], slider=(said[1], said[2]), strength=-1.0)
+    settings = replace(SETTINGS, objective=ObjectiveSettings(slider_positive="a", slider_negative="b", slider_scale=2))
+    with torch.no_grad():
+        own, positive, negative = (model((x + noise) / 2, 1 - sigmas, *each) for each in said[:3])
+    loss = losses_of(model, adapter, batch, settings)
+    assert loss.item() == pytest.approx((2 * (positive - negative)).square().mean().item(), rel=1e-4)
+    held = replace(batch, slider=None, regularisation=True, taught=said[1])
+    loss = losses_of(model, adapter, held, settings)
+    assert loss.item() == pytest.approx((positive - own).square().mean().item(), rel=1e-4)
+    assert losses_of(model, adapter, replace(held, taught=None), settings).item() == 0
 
 
 def test_a_dataset_may_have_noise_levels_of_its_own(tmp_path):

@@ -35,16 +35,16 @@ from .processes import ALONE, Processes
 KEPT_BYTES = 2**30  # of cache entries, so that a small dataset is read from disk once
 
 
-class Said(NamedTuple):
+class Captions(NamedTuple):
     """What is said of each sample of a batch."""
 
     captions: Tensor  # (B, tokens, width), padded on the right
     lengths: tuple[int, ...]  # tokens of each that count
 
-    def of(self, rows: list[int]) -> Said:
+    def of(self, rows: list[int]) -> Captions:
         if len(rows) == len(self.lengths):
             return self
-        return Said(self.captions[rows], tuple(self.lengths[row] for row in rows))
+        return Captions(self.captions[rows], tuple(self.lengths[row] for row in rows))
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Batch:
     refined: bool = False  # captions have been through the context refiner
     levels: Tensor | None = None  # scheduled sampling: the levels that each sample passes; stays on the CPU
     dataset: str = ""  # its id; empty where there is only one
-    taught: Said | None = None  # what the base model reads of regularisation data, where that is not the caption
-    slider: tuple[Said, Said] | None = None  # the prompts that it leads to and from
+    taught: Captions | None = None  # what the base model reads of regularisation data, where that is not the caption
+    slider: tuple[Captions, Captions] | None = None  # the prompts that it leads to and from
     strength: float = 1.0  # that the adapter acts with: a slider's batches have 1 and -1 in turn
 
     @property
-    def said(self) -> Said:
-        return Said(self.captions, self.lengths)
+    def said(self) -> Captions:
+        return Captions(self.captions, self.lengths)
 
     def weight(self, objective: ObjectiveSettings) -> float:
         """What its loss counts beside that of other batches."""
@@ -84,7 +84,7 @@ class Batch:
         names = ("latents", "noise", "sigmas", "captions", "seen_noise", "masks")
         moved: dict[str, Any] = {name: move(getattr(self, name)) for name in names if getattr(self, name) is not None}
 
-        def read(said: Said) -> Said:
+        def read(said: Captions) -> Captions:
             return said._replace(captions=move(said.captions))
 
         if self.taught:
@@ -366,8 +366,8 @@ class _Online:
             return self._encode(torch.from_numpy(np.stack(pictures)).float().div_(255)).cpu()
 
 
-def _said(captions: list[Tensor]) -> Said:
-    return Said(nn.utils.rnn.pad_sequence(captions, batch_first=True), tuple(map(len, captions)))
+def _said(captions: list[Tensor]) -> Captions:
+    return Captions(nn.utils.rnn.pad_sequence(captions, batch_first=True), tuple(map(len, captions)))
 
 
 def _key_of_prompt(texts: TextCache, prompt: str) -> str:

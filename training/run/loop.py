@@ -23,7 +23,7 @@ from ..optim.backward import AnyOptimizer, OptimizerInBackward
 from ..optim.build import build_optimizer
 from ..optim.schedule import learning_rate_factor, set_learning_rate
 from ..optim.step import clip_gradients, step_optimizer
-from .batches import Batch, Batches, Said
+from .batches import Batch, Batches, Captions
 from .ledger import READ_EVERY, Ledger, Part
 from .processes import ALONE, Processes
 from .shards import Shards
@@ -130,7 +130,7 @@ def losses_of(transformer: Lumina2Transformer, adapter: Adapter, batch: Batch, s
 
     objective = settings.objective
 
-    def predict(x: Tensor, sigmas: Tensor, rows: list[int], said: Said = batch.said) -> Tensor:
+    def predict(x: Tensor, sigmas: Tensor, rows: list[int], said: Captions = batch.said) -> Tensor:
         captions, lengths = said.of(rows)
         if batch.refined:
             return transformer.predict(x, 1 - sigmas, pack(captions, lengths).to(transformer.dtype), lengths)
@@ -142,8 +142,10 @@ def losses_of(transformer: Lumina2Transformer, adapter: Adapter, batch: Batch, s
 
     def predict_as_slider(x: Tensor, sigmas: Tensor, rows: list[int]) -> Tensor:
         with adapter.off():
-            neutral, *ends = (predict(x, sigmas, rows, said) for said in (batch.said, *(batch.slider or ())))
-        return slider_target(neutral, *ends, scale=batch.strength * objective.slider_scale)
+            neutral, positive, negative = (
+                predict(x, sigmas, rows, said) for said in (batch.said, *(batch.slider or ()))
+            )
+        return slider_target(neutral, positive, negative, batch.strength * objective.slider_scale)
 
     teacher: Predict | None = predict_as_slider if batch.slider else None
     if batch.regularisation:
