@@ -16,7 +16,7 @@ from ..training.data.dataset import Dataset
 from ..training.data.prompts import SYSTEM_PROMPTS
 from ..training.model.config import MAX_CAPTION_TOKENS
 from .places import cache
-from .progress import Progress, counting
+from .progress import Counting, Progress
 from .sockets import ConfigSocket, DatasetSocket, EmbedsSocket, LatentsSocket, ValidationSocket
 
 
@@ -59,6 +59,7 @@ class Lumina2CacheLatents(io.ComfyNode):
         from .bridge import vae_fingerprint
 
         progress = Progress(cls.hidden.unique_id)
+        counted = Counting(progress, "encoding picture")
         progress.say("reading the VAE")
         told = config.data if config else {}
         latents = cache_latents(
@@ -67,11 +68,11 @@ class Lumina2CacheLatents(io.ComfyNode):
             vae_fingerprint(vae),
             _store("latents", told.get("cache_dir_vae")),
             told.get("vae_batch_size", batch_size),
-            counting(progress, "encoding picture"),
+            counted,
             shares_cores=comfy.model_management.is_device_cpu(vae.device),
         )
         skipped = f"; {len(latents.skipped)} skipped: {latents.skipped[0]}" if latents.skipped else ""
-        progress.say(f"{latents.count} latents{skipped}")
+        progress.say(f"{latents.count} latents{'' if counted.worked else ', all cached'}{skipped}")
         return io.NodeOutput(latents)
 
 
@@ -134,6 +135,7 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
         from .bridge import clip_fingerprint, embed_text
 
         progress = Progress(cls.hidden.unique_id)
+        counted = Counting(progress, "encoding caption")
         progress.say("reading the text encoder")
         told, kept = config.data if config else {}, dataset.texts
         system_prompt = told.get("system_prompt", system_prompt)
@@ -145,13 +147,13 @@ class Lumina2CacheTextEmbeds(io.ComfyNode):
             SYSTEM_PROMPTS[system_prompt],
             max_tokens,
             _store("text", kept.cache_dir or told.get("cache_dir_text")),
-            counting(progress, "encoding caption"),
+            counted,
             told.get("write_batch_size", kept.write_batch_size),
             validation=validation or _validation_of(config),
             others=config.slider if config else (),
         )
         cut = f"; {len(embeds.cut)} cut to {max_tokens} tokens, first: {embeds.cut[0][-60:]}" if embeds.cut else ""
-        progress.say(f"captions of {embeds.count} pictures{cut}")
+        progress.say(f"captions of {embeds.count} pictures{'' if counted.worked else ', all cached'}{cut}")
         return io.NodeOutput(embeds)
 
 

@@ -15,7 +15,7 @@ from ..training.config.settings import check_run_name
 from ..training.errors import SettingError
 from . import places
 from .lora import DTYPE_TOOLTIP, LORA_TOOLTIP, NAME_TOOLTIP
-from .progress import Progress, counting
+from .progress import Counting, Progress
 from .sockets import LoraModelSocket
 
 AS_LORA, AS_MODEL = "LoRA", "model"
@@ -180,7 +180,7 @@ class Lumina2ExtractLoRA(io.ComfyNode):
         progress, config = Progress(cls.hidden.unique_id), transformer_config(model_base)
         progress.say("reading both models")
         base, tuned = any_format.snapshot(model_base), any_format.snapshot(model_tuned)
-        device, watch = comfy.model_management.get_torch_device(), counting(progress, "layer")
+        device, watch = comfy.model_management.get_torch_device(), Counting(progress, "layer")
         combined = extract(base, tuned, config, rank, device, watch)
         tensors, kept, report = _given(combined, any_format.weights_of(None), name, dtype)
         return io.NodeOutput(tensors, kept, report, ui=ui.PreviewText(report))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -17,15 +16,19 @@ MESSAGE_EVERY_S = 0.25
 MESSAGE = "lumina2.run"  # to the page; the panel reads it
 
 
-def counting(progress: Progress, what: str) -> Callable[[int, int], None]:
-    """Shows ``<what> 3 of 20`` and the time left, for work that tells (done, total)."""
-    began = time.monotonic()
+class Counting:
+    """Shows ``<what> 3 of 20``, how many a second and the time left, for work that tells (done, total)."""
 
-    def show(done: int, total: int) -> None:
-        left = f", {duration((time.monotonic() - began) / done * (total - done))} left" if 0 < done < total else ""
-        progress.step(done, f"{what} {done} of {total}{left}", total)
+    def __init__(self, progress: Progress, what: str) -> None:
+        self.progress, self.what, self.worked = progress, what, False
+        self._began = time.monotonic()
 
-    return show
+    def __call__(self, done: int, total: int) -> None:
+        self.worked, taken = self.worked or total > 0, time.monotonic() - self._began
+        speed = ""
+        if 0 < done < total and taken:
+            speed = f", {done / taken:.2g} a second, {duration(taken / done * (total - done))} left"
+        self.progress.step(done, f"{self.what} {done} of {total}{speed}", total)
 
 
 def duration(seconds: float) -> str:
@@ -40,7 +43,7 @@ class Progress:
     def __init__(self, node_id: str | None, total: int = 1, quiet: bool = False) -> None:
         self.node_id, self.total, self.quiet = node_id, max(total, 1), quiet
         self._bar = comfy.utils.ProgressBar(self.total, node_id)
-        self._said_at = 0.0
+        self._said_at = self._moved_at = 0.0
 
     def say(self, text: str) -> None:
         """Show a line on the node.
@@ -58,9 +61,12 @@ class Progress:
             PromptServer.instance.send_progress_text(text, self.node_id)
 
     def step(self, done: int, text: str, total: int | None = None) -> None:
-        """Move the bar, and show the text if the last one is old enough. Raises like ``say``."""
+        """Move the bar, and show the text, each if the last time is long enough ago. Raises like ``say``."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        self._bar.update_absolute(done, max(total, 1) if total is not None else None)
+        total = self._bar.total if total is None else max(total, 1)
+        if done >= total or time.monotonic() - self._moved_at >= MESSAGE_EVERY_S:  # ComfyUI sends every move
+            self._moved_at = time.monotonic()
+            self._bar.update_absolute(done, total)
         if time.monotonic() - self._said_at >= TEXT_EVERY_S:
             self.say(text)
 

@@ -1,16 +1,14 @@
 """Runs in a real server: interrupted anywhere, stopped and kept, beside each other, and ComfyUI as it was before."""
 
-import asyncio
 import json
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from aiohttp import ClientSession
 from comfy_server import ServerError
 from graphs import pictures, run_json, sampled, workflow
+from listening import Page
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,46 +19,6 @@ from training.run.events import read_events
 LIMIT_S = 120
 STEPS = 40
 PICTURES = 100
-
-
-class Page:
-    """What a browser hears of a server, as far as it is JSON."""
-
-    def __init__(self, url):
-        self.url, self.messages, self.changed, self.open = url, [], threading.Condition(), threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._listen()), daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        assert self.open.wait(LIMIT_S)
-        return self
-
-    def __exit__(self, *_):
-        self._loop.call_soon_threadsafe(self._task.cancel)
-        self._thread.join(10)
-
-    async def _listen(self):
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
-        try:
-            async with ClientSession() as session, session.ws_connect(f"{self.url}/ws?clientId=test") as socket:
-                self.open.set()
-                async for message in socket:
-                    if isinstance(message.data, str):
-                        with self.changed:
-                            self.messages.append(json.loads(message.data))
-                            self.changed.notify_all()
-        except asyncio.CancelledError:
-            pass
-
-    def wait(self, true):
-        """The first message, from now or earlier, that ``true`` holds for."""
-        with self.changed:
-            assert self.changed.wait_for(lambda: any(map(true, self.messages)), LIMIT_S), "it did not come to that"
-            return next(filter(true, self.messages))
-
-    def count(self, true):
-        with self.changed:
-            return sum(map(true, self.messages))
 
 
 @pytest.fixture
