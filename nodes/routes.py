@@ -10,9 +10,11 @@ import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import folder_paths
 from aiohttp import web
@@ -41,6 +43,7 @@ def add_routes() -> None:
     for name, answer in POSTS.items():
         table.post(f"{PREFIX}/{name}")(_post(answer))
     table.get(f"{PREFIX}/sample")(sample)
+    table.get(f"{PREFIX}/checkpoint")(checkpoint)
 
 
 def _read(answer: Answer) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
@@ -95,9 +98,13 @@ def runs(sent: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(sent: dict[str, Any]) -> dict[str, Any]:
-    found = history.describe(places.runs(), _run(sent))
+    from ..training.report.story import About
+
+    store, asked = places.runs(), _run(sent)
+    found = history.describe(store, asked)
     name = found["file"]["name"] if found["file"] else None
-    return {**found, "lora_name": f"{places.SUBFOLDER}/{name}" if name else None}
+    data = asdict(About.read(store.path(asked)))
+    return {**found, "lora_name": f"{places.SUBFOLDER}/{name}" if name else None, "data": data}
 
 
 def summary(sent: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +136,28 @@ async def sample(request: web.Request) -> web.StreamResponse:
         return _error(str(error), 404)
 
 
+async def checkpoint(request: web.Request) -> web.StreamResponse:
+    """The LoRA of a checkpoint, to be kept on the machine that looks at the page."""
+    try:
+        asked, step = _run(dict(request.query)), _whole(dict(request.query), "step")
+        path = history.checkpoint_lora(places.runs(), asked, step)
+    except Lumina2Error as error:
+        return _error(str(error), 404)
+    name = quote(f"{asked.folder}-{step}.safetensors")
+    headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{name}", "X-Content-Type-Options": "nosniff"}
+    return web.FileResponse(path, headers=headers)
+
+
+def simpletuner(sent: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings as SimpleTuner's files, by name."""
+    return {"files": history.simpletuner_files(_run(sent))}
+
+
+def ended(sent: dict[str, Any]) -> dict[str, Any]:
+    """How many runs have ended since a time, in seconds since 1970."""
+    return {"ended": history.ended_since(places.runs(), float(_whole(sent, "since")))}
+
+
 def _thumbnail(path: Path, size: int) -> bytes:
     from PIL import Image, UnidentifiedImageError
 
@@ -156,6 +185,12 @@ def folders(sent: dict[str, Any]) -> dict[str, Any]:
         before = f"{parent}/" if parent else ""
         found += [before + name for name in names if name.casefold().startswith(begin.casefold())]
     return {"folders": found[:MOST_FOLDERS], "more": max(len(found) - MOST_FOLDERS, 0)}
+
+
+def presets(sent: dict[str, Any]) -> dict[str, Any]:
+    from .presets import presets as all_of_them
+
+    return all_of_them()
 
 
 def plan(sent: dict[str, Any]) -> dict[str, Any]:
@@ -220,6 +255,9 @@ READS: dict[str, Answer] = {
     "summary": summary,
     "curves": curve,
     "samples": samples,
+    "simpletuner": simpletuner,
+    "presets": presets,
+    "ended": ended,
     "folders": folders,
 }
 POSTS: dict[str, Answer] = {

@@ -8,6 +8,7 @@ import urllib.request
 
 import pytest
 from graphs import run_json, workflow
+from listening import Page
 from PIL import Image
 
 
@@ -65,6 +66,48 @@ def test_a_run_is_told_from_its_folder(trained):
     assert ask(trained, "curves", run_id="routed", after=curves["next"])[1]["step"] == []
     assert ask(trained, "run", run_id="nothing")[0] == 404
     assert "no training run 'nothing'" in ask(trained, "run", run_id="nothing")[1]["error"]
+
+
+def test_a_run_is_taken_elsewhere(trained):
+    _, run = ask(trained, "run", run_id="routed")
+    assert [(each["pictures"], each["sizes"]) for each in run["data"]["datasets"]] == [(16, ["64×64"])]
+    _, written = ask(trained, "simpletuner", run_id="routed")
+    config = written["files"]["config.json"]
+    assert (config["tracker_run_name"], config["max_train_steps"], config["lora_rank"]) == ("routed", 6, 16)
+    status, lora = ask(trained, "checkpoint", run_id="routed", step=6)
+    folder = trained.base / "output" / "lumina2" / "routed"
+    assert (status, lora) == (200, (folder / "checkpoint-6" / "lora.safetensors").read_bytes())
+    assert ask(trained, "checkpoint", run_id="routed", step=5)[0] == 404
+    assert ask(trained, "checkpoint", run_id="..", step=6)[0] == 404
+    ended = (folder / "run.json").stat().st_mtime
+    assert ask(trained, "ended", since=int(ended) - 1)[1]["ended"] >= 1
+    assert ask(trained, "ended", since=int(ended) + 9)[1] == {"ended": 0}
+
+
+def test_every_preset_is_possible(trained):
+    known = trained.ask("/object_info")
+    settings = defaults(known["Lumina2TrainingSettings"])
+    for kind, presets in ask(trained, "presets")[1].items():
+        train = defaults(known[kind]) | {"run_name": "never trained"}
+        for preset in presets["memory"] + presets["subject"]:
+            assert preset["widgets"].keys() <= train.keys()
+            assert preset["settings"].keys() <= settings.keys()
+            config = {"type": "Lumina2TrainingSettings", "widgets": settings | preset["settings"], "inputs": {}}
+            node = {"type": kind, "widgets": train | preset["widgets"], "inputs": {"config": config}}
+            told = ask(trained, "plan", {"node": node})[1]
+            assert (told.get("error"), told.get("does")) == (None, "new"), (kind, preset["name"])
+    assert [each["name"] for each in presets["subject"]] == ["style", "character", "concept"]
+
+
+def defaults(known):
+    """The widgets of a node with the values that a new one has."""
+    values = {}
+    for name, (kind, *more) in {**known["input"].get("required", {}), **known["input"].get("optional", {})}.items():
+        options = more[0] if more else {}
+        choices = kind if isinstance(kind, list) else options.get("options")
+        if choices or "default" in options:
+            values[name] = options.get("default", choices and choices[0])
+    return values
 
 
 def test_pictures_are_given_whole_and_small_and_no_other_file(trained):
@@ -171,10 +214,15 @@ def test_a_running_training_obeys(server):
         return [json.loads(line).get("event") for line in file.read_text().splitlines()]
 
     try:
-        obeys(server, state, tell, events)
+        with Page(server.url) as page:
+            began = time.monotonic()
+            obeys(server, state, tell, events)
+            most = (time.monotonic() - began) * 4 + 3  # four a second, and those of the beginning
     finally:
         ask(server, "stop", {"run_id": "obeying"})
         server.wait(queued)
+    for kind in ("lumina2.run", "progress", "progress_state"):
+        assert 3 < page.count(lambda message, kind=kind: message["type"] == kind) <= most, kind
     assert run_json(server, "obeying")["status"] == "stopped"
     assert run_json(server, "obeying")["learning_rate"] == 5e-4
 

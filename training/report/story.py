@@ -16,6 +16,7 @@ from ..files import read_json, write_json
 from ..run.events import Event, StepDone, read_events, written
 from ..run.folder import Run
 
+LEFT_OUT = 50  # sentences that are kept
 MEMORY = "report.json"  # in the run's folder: what reporting itself has to remember
 
 
@@ -39,12 +40,15 @@ class About:
     trigger: str = ""  # a word or sentence that calls up what was learnt
     datasets: tuple[DatasetFacts, ...] = ()
     sampling: Mapping[str, Any] = field(default_factory=dict)  # steps, guidance, negative_prompt, … of the samples
+    left_out: tuple[str, ...] = ()  # a sentence for each of the first pictures and captions that are not trained on
+    cut: tuple[str, ...] = ()  # the first captions that were longer than the text encoder was let read
 
     @classmethod
     def read(cls, folder: Path) -> About:
         kept = remembered(folder).get("about", {})
         datasets = tuple(DatasetFacts(**{**each, "sizes": tuple(each["sizes"])}) for each in kept.pop("datasets", ()))
-        return cls(**kept, datasets=datasets)
+        lists = {name: tuple(kept.pop(name, ())) for name in ("left_out", "cut")}
+        return cls(**kept, datasets=datasets, **lists)
 
     def keep(self, folder: Path) -> None:
         remember(folder, about=asdict(self))
@@ -98,7 +102,8 @@ def about_run(latents: LatentCache, texts: TextCache, base_model: str = "") -> A
             "negative_prompt": chosen.validation_negative_prompt,
             "system_prompt": validation.system_prompt,
         }
-    return About(base_model, datasets=dataset_facts(latents), sampling=sampling)
+    left_out = tuple(dict.fromkeys((*latents.skipped, *texts.skipped)))[:LEFT_OUT]
+    return About(base_model, datasets=dataset_facts(latents), sampling=sampling, left_out=left_out, cut=texts.cut)
 
 
 class Story:

@@ -15,6 +15,8 @@ from typing import Any
 
 from ..config.adapter import FullSettings, LoRASettings, LyCORISSettings
 from ..config.settings import TrainSettings, check_run_name, deciding, with_values
+from ..config.simpletuner.imported import Places
+from ..config.simpletuner.write import LYCORIS_NAME, from_settings, write_config
 from ..errors import Lumina2Error, RunError
 from ..files import atomic_path
 from .checkpoint import read_checkpoint
@@ -27,6 +29,7 @@ from .lock import in_use
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LOG_LINES = 200
+OUTPUT_DIR = "output/lumina2"  # of an exported configuration; relative, since it may be read elsewhere
 
 
 def find(store: RunStore, folder: str) -> Run:
@@ -170,7 +173,7 @@ def predict(store: RunStore, name: str, settings: TrainSettings, continue_token:
             return Prediction("new", folder)
         theirs = found[family[0].folder] or {}
         return Prediction(
-            "changed", folder, 0, tuple(sorted(k for k in wanted | theirs if wanted.get(k) != theirs.get(k)))
+            "changed", folder, 0, tuple(sorted(k for k in wanted | theirs if wanted.get(k, ...) != theirs.get(k, ...)))
         )
     decision = decide(store, name, same.identity, settings.steps, continue_token, settings.full_fine_tune)
     step = decision.checkpoint.step if decision.checkpoint else 0
@@ -207,15 +210,48 @@ def publish(store: RunStore, run: Run, step: int) -> str:
     Raises:
         RunError: there is no such checkpoint, or another run's file has that name.
     """
-    place = next((place for number, place in _checkpoints(store.path(run)) if number == step), None)
-    if place is None or not (place / "lora.safetensors").exists():
-        raise RunError(f"The run {run.folder!r} has no LoRA of step {step}. Choose a checkpoint that is listed.")
+    lora = checkpoint_lora(store, run, step)
     file = store.file(f"{run.folder}-{step}")
     if file.exists() and not _is_of(file, run):
         raise RunError(f"{file.name} is another run's. Move it out of {file.parent} first.")
     with atomic_path(file) as temporary:
-        shutil.copyfile(place / "lora.safetensors", temporary)
+        shutil.copyfile(lora, temporary)
     return file.name
+
+
+def checkpoint_lora(store: RunStore, run: Run, step: int) -> Path:
+    """The LoRA file of a checkpoint.
+
+    Raises:
+        RunError: there is none.
+    """
+    place = next((place for number, place in _checkpoints(store.path(run)) if number == step), None)
+    if place is None or not (place / "lora.safetensors").exists():
+        raise RunError(f"The run {run.folder!r} has no LoRA of step {step}. Choose a checkpoint that is listed.")
+    return place / "lora.safetensors"
+
+
+def simpletuner_files(run: Run) -> dict[str, Any]:
+    """A run's settings as SimpleTuner's files, by name: ``config.json``, and what it names beside it.
+
+    Raises:
+        RunError: its settings are of a version that had others.
+    """
+    try:
+        settings = _settings_of(run)
+    except (Lumina2Error, TypeError, KeyError):
+        raise RunError(f"The settings of {run.folder!r} are of another version of this plugin.") from None
+    written = write_config(from_settings(settings, None, Places(run.name, OUTPUT_DIR)))
+    lycoris = {} if written.lycoris is None else {LYCORIS_NAME: written.lycoris}
+    return {"config.json": written.config, **lycoris}
+
+
+def ended_since(store: RunStore, since_s: float) -> int:
+    """How many runs ended after a time (seconds since 1970); only the newest files are read."""
+    late = (path.parent.name for path in store.root.glob("*/run.json") if path.stat().st_mtime > since_s)
+    held = in_use(store.root)
+    runs = [store.read(folder) for folder in late]
+    return sum(run is not None and run.folder not in held and active(store.path(run)) is None for run in runs)
 
 
 def delete_checkpoint(store: RunStore, run: Run, step: int) -> None:
@@ -289,11 +325,15 @@ def _decides(settings: TrainSettings) -> dict[str, Any]:
 
 def _decides_of(run: Run) -> dict[str, Any] | None:
     """What decided the weights of a run; None where its settings are of a version that had others."""
-    defaults = _default_settings(run.settings)
     try:
-        return _decides(with_values(replace(defaults, steps=max(run.target, 1)), _tuples(run.settings)))
+        return _decides(_settings_of(run))
     except (Lumina2Error, TypeError, KeyError):
         return None
+
+
+def _settings_of(run: Run) -> TrainSettings:
+    defaults = replace(_default_settings(run.settings), steps=max(run.target, 1))
+    return with_values(defaults, _tuples(run.settings))
 
 
 def _plain(values: Any) -> Any:
