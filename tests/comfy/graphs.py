@@ -94,6 +94,16 @@ def sampled(name, model, prompt="red apple"):
     }
 
 
+def is_ours(node):
+    return "umina2" in node["type"] and node["type"] != "CLIPTextEncodeLumina2"
+
+
+def saved_values(node):
+    """Widgets' values by name, of a node of a saved workflow: the names were saved with them."""
+    names = [each["widget"]["name"] for each in node["inputs"] if each.get("widget")]
+    return dict(zip(names, node["widgets_values"], strict=False))
+
+
 def run_json(server, folder):
     return json.loads((server.base / "output" / "lumina2" / folder / "run.json").read_text())
 

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from graphs import run_json
+from graphs import is_ours, run_json, saved_values
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
 STEPS = {"TrainLumina2LoRA": 4, "TrainLumina2Full": 4, "KSampler": 2, "Lumina2ValidateSample": 2}
+# As people saved them with earlier versions: a copy of each template is added whenever a node gets a new widget.
+SAVED = sorted((ROOT / "tests" / "comfy" / "saved").glob("*.json"))
 CHECKPOINTS = {"checkpoint_step_interval": 2, "validation_step_interval": 2, "validation_num_inference_steps": 2}
 
 
@@ -71,6 +73,21 @@ def test_a_template_runs_as_it_is(server, path):
     assert run["step"] == run["target"] > 0
     assert any("images" in shown for shown in outputs.values())
     assert "lora key not loaded" not in server.log.read_text(encoding="utf-8")
+
+
+def test_workflows_of_earlier_versions_keep_their_values_in_the_right_widgets(server):
+    checked = set()
+    for path in SAVED:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        prompt = server.api_prompt(workflow)
+        for node in workflow["nodes"]:
+            if not is_ours(node):
+                continue
+            inputs = prompt[str(node["id"])]["inputs"]
+            for name, value in saved_values(node).items():
+                assert inputs[name] == value, f"{path.stem}: {node['type']}.{name}"
+                checked.add((node["type"], name))
+    assert len(checked) > 100
 
 
 def test_groups_and_notes_are_the_same_in_all():
