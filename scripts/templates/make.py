@@ -2,7 +2,8 @@
 
     LUMINA2_CHROMIUM=… COMFYUI_PATH=… python -m scripts.templates.make [--run] [name …]
 
-Writes a workflow for each; with ``--run`` it is run too, on the bundled model, and what it draws is its thumbnail.
+Writes a workflow for each; with ``--run`` those whose thumbnail is not drawn (``thumbnails.py``) are run too, on the
+bundled model, and what one draws is its thumbnail.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from playwright.sync_api import Page, sync_playwright  # noqa: E402
 
 from .descriptions import RUN_INSTEAD, TEMPLATES  # noqa: E402
 from .layout import COLORS, Group, Node, notes, place  # noqa: E402
+from .thumbnails import DRAWN  # noqa: E402
 
 OUT = ROOT / "example_workflows"
 SLACK = 1.08  # other frontends draw widgets a little taller
@@ -101,7 +103,7 @@ def main(arguments: list[str]) -> None:
                 workflow = build(page, name, groups)
                 text = json.dumps(workflow, indent=1, ensure_ascii=False)
                 (OUT / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-                if run:
+                if run and name not in DRAWN:
                     on_nano = build(page, name, RUN_INSTEAD.get(name, groups))
                     server.run(page.evaluate(PROMPT, on_nano))
                     thumbnail(server.base / "output" / "lumina2", OUT / f"{name}.jpg")
