@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +95,15 @@ print(json.dumps([share, len(listed), *sorted(set(sys.modules) - before)]))
     assert share <= 0.1  # of what ComfyUI itself takes
     assert [name for name in new if name.split(".")[0] not in ("pack", "comfy_api")] == []
     assert "pack.nodes.train" in new
+
+
+def test_a_newer_comfyui_loads_all_of_it_too(server):
+    version = server.ask("/system_stats")["system"]["comfyui_version"]
+    if tuple(map(int, version.split(".")[:2])) < (0, 28):
+        pytest.skip(f"this is ComfyUI {version}; a newer one: COMFYUI_PATH=… scripts/test tests/comfy tests/browser")
+    log = server.log.read_text(encoding="utf-8")
+    failed = ("IMPORT FAILED", "rror", "deprecated")
+    assert [line for line in log.splitlines() if "lumina2-trainer" in line and any(map(line.count, failed))] == []
 
 
 def test_every_node_is_there_with_its_texts(server):
