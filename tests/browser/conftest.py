@@ -5,6 +5,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image, ImageDraw
 from playwright.sync_api import sync_playwright
 
@@ -33,6 +34,7 @@ def open_page(browser, server, tmp_path):
         context = browser.new_context(viewport={"width": 1600, "height": 1000})
         contexts.append(context)
         page = context.new_page()
+        page.set_default_timeout(LOADED_S * 1000)
         page.errors, page.scripts = [], []
         page.on("console", lambda said: page.errors.append(f"{said.type} {said.text} {said.location}"))
         page.on("pageerror", lambda error: page.errors.append(f"error {error} {error.stack}"))
@@ -45,6 +47,28 @@ def open_page(browser, server, tmp_path):
     yield open_page
     for context in contexts:
         context.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on(server):
+    """A test that fails in mid-training holds up no other."""
+    yield
+    server.ask("/queue", {"clear": True})
+    server.ask("/interrupt", {})
+
+
+@pytest.fixture
+def check_accessible():
+    """What axe finds wrong in a part of the page is an error: contrast, names, roles, keyboard."""
+
+    def check_accessible(page, selector):
+        found = Axe().run(page, selector, {"resultTypes": ["violations"]}).response["violations"]
+        told = [
+            f"{each['id']}: {node['html'][:200]} {node['failureSummary']}" for each in found for node in each["nodes"]
+        ]
+        assert told == [], "\n".join(told)
+
+    return check_accessible
 
 
 @pytest.fixture
@@ -64,23 +88,20 @@ def load_template():
 
 @pytest.fixture(scope="session")
 def sheet():
-    """Takes pictures of all panels on a page as a row; at the end all rows are one picture, where some are wanted."""
-    rows = {}
+    """Takes pictures of parts of a page, as rows of sheets; at the end each sheet is a file, where some are wanted."""
+    sheets = {}
 
-    def add(page, row):
+    def add(name, row, part):
         if os.environ.get("LUMINA2_SHOTS"):
-            panels = [
-                panel for panel in page.locator(".lumina2-panel:not(.lumina2-dataset)").all() if panel.is_visible()
-            ]
-            taken = [Image.open(BytesIO(panel.screenshot())).convert("RGB") for panel in panels]
-            rows.setdefault(row, []).extend(taken)
+            taken = Image.open(BytesIO(part.screenshot())).convert("RGB")
+            sheets.setdefault(name, {}).setdefault(row, []).append(taken)
 
     yield add
-    if rows:
-        contact_sheet(rows).save(Path(os.environ["LUMINA2_SHOTS"], "panel-states.jpg"), quality=85)
+    for name, rows in sheets.items():
+        contact_sheet(rows).save(Path(os.environ["LUMINA2_SHOTS"], f"{name}.jpg"), quality=85)
 
 
-def contact_sheet(rows, width=360, label=18):
+def contact_sheet(rows, width=320, label=18):
     """Rows of pictures of one width, each with its name above."""
     scaled = {
         name: [each.resize((width, round(each.height * width / each.width))) for each in taken]

@@ -2,20 +2,33 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
+from graphs import is_ours, saved_values
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "01_quickstart_nano"
 TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+WAIT_MS = 120_000
 GROUPS = ["1 Model", "2 Pictures", "3 Prepare", "4 Train", "5 Compare"]
+
+
+def errors_of_ours(page):
+    """(The page itself asks api.comfy.org about every node, which the server's policy forbids.)"""
+    return [text for text in page.errors if text.startswith("error") and "lumina2-trainer" in text]
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["classic", "Nodes 2.0"])
 def test_the_template_loads_as_it_was_saved(open_page, load_template, server, vue):
     assert sorted(server.ask("/workflow_templates")["lumina2-trainer"]) == TEMPLATES
     page = open_page(**{"Comfy.VueNodes.Enabled": vue, "Comfy.Locale": "en"})
+    asked = len(page.scripts)
+    page.evaluate("window.setUp = app.extensions.find(each => each.name === 'lumina2-trainer').setup()")
+    assert page.evaluate("window.setUp === undefined"), "it awaits nothing"
+    assert [url for url in page.scripts[asked:] if "umina2" in url] == [], "it asks for nothing"
+    assert [url for url in page.scripts if "/lumina2/" in url] == [], "nor did anything else of ours yet"
     load_template(page)
     saved = json.loads((ROOT / "example_workflows" / f"{TEMPLATE}.json").read_text(encoding="utf-8"))
     shown = page.evaluate("app.graph.serialize()")
@@ -55,15 +68,14 @@ def test_the_template_loads_as_it_was_saved(open_page, load_template, server, vu
         assert "continue_token" not in node.inner_text()
     ours = [url for url in page.scripts if "/extensions/lumina2-trainer/" in url and url.endswith(".js")]
     assert len(ours) == len(set(ours)) == 1, ours
-    # (the page itself asks api.comfy.org about every node, which the server's policy forbids)
-    assert [text for text in page.errors if text.startswith("error") and "lumina2-trainer" in text] == []
+    assert errors_of_ours(page) == []
     if os.environ.get("LUMINA2_SHOTS"):
         page.evaluate("app.canvas.ds.fitToBounds?.([0, 0, 3400, 1150])")
         page.wait_for_timeout(1500)
         page.screenshot(path=f"{os.environ['LUMINA2_SHOTS']}/template-{'vue' if vue else 'classic'}.png")
 
 
-def test_nodes_of_every_template_are_known_do_not_overlap_and_lie_in_their_groups(open_page, load_template):
+def test_every_template_and_saved_workflow_loads_with_its_nodes_apart_and_its_values_in_place(open_page, load_template):
     page = open_page(**{"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"})
     for name in TEMPLATES:
         load_template(page, name)
@@ -83,6 +95,75 @@ def test_nodes_of_every_template_are_known_do_not_overlap_and_lie_in_their_group
             for other, *box in boxes[index + 1 :]:
                 apart = right <= box[0] or box[2] <= left or bottom <= box[1] or box[3] <= top
                 assert apart, f"{name}: {title} overlaps {other}"
+    for path in sorted((ROOT / "tests" / "comfy" / "saved").glob("2026-11-24-*.json")):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        shown = page.evaluate(
+            """async (saved) => {
+                await app.loadGraphData(saved)
+                const values = node => (node.widgets ?? []).map(widget => [widget.name, widget.value])
+                return Object.fromEntries(app.graph._nodes.map(node => [node.id, Object.fromEntries(values(node))]))
+            }""",
+            saved,
+        )
+        for node in filter(is_ours, saved["nodes"]):
+            for name, value in saved_values(node).items():
+                assert shown[str(node["id"])][name] == value, f"{path.stem}: {node['type']}.{name}"
+
+
+def shorter(route):
+    """The quick start with six steps."""
+    workflow = json.loads((ROOT / "example_workflows" / f"{TEMPLATE}.json").read_text(encoding="utf-8"))
+    train = next(node for node in workflow["nodes"] if node["type"] == "TrainLumina2LoRA")
+    train["widgets_values"][:2] = ["four clicks", 6]
+    route.fulfill(json=workflow)
+
+
+def test_four_clicks_lead_to_a_lora_and_the_main_nodes_are_set_and_wired_by_hand(open_page, server):
+    page = open_page(**{"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"})
+    page.route(f"**/workflow_templates/lumina2-trainer/{TEMPLATE}.json", shorter)
+    page.locator(".templates-tab-button").click()
+    page.get_by_role("dialog").get_by_text("lumina2-trainer").click()
+    page.get_by_test_id(f"template-workflow-{TEMPLATE}").click()
+    page.wait_for_function("app.graph._nodes.some(node => node.type === 'TrainLumina2LoRA')", timeout=WAIT_MS)
+    page.get_by_test_id("queue-button").click()
+    lora = server.base / "models" / "loras" / "lumina2" / "four clicks.safetensors"
+    deadline = time.monotonic() + WAIT_MS / 1000
+    while not lora.exists():
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(200)
+    shown = page.locator(".lumina2-dataset")
+    shown.get_by_text("pictures: 16 · buckets: 1").wait_for(timeout=WAIT_MS)
+    assert shown.locator("img").count() == 6
+
+    page.evaluate("() => { app.graph.clear(); app.canvas.ds.scale = 0.6; app.canvas.ds.offset = [200, 200] }")
+    names = ["Load Dataset", "Cache Latents", "Cache Text Embeds", "Train Lumina2 LoRA", "Validate Sample"]
+    for index, name in enumerate(names):
+        page.mouse.dblclick(160 + 290 * index, 320)
+        box = page.locator(".comfy-vue-node-search-container input, .litesearchbox input").first
+        box.fill(name)
+        page.locator(".comfy-vue-node-search-container li, .lite-search-item").filter(has_text=name).first.wait_for()
+        box.press("Enter")
+        page.wait_for_function(f"app.graph._nodes.length === {index + 1}")
+    assert page.evaluate("app.graph._nodes.map(node => node.title)") == names
+    wires = [(0, 0, 1, "dataset"), (0, 0, 2, "dataset"), (1, 0, 3, "latents"), (2, 0, 3, "embeds"), (3, 0, 4, "model")]
+    for number, wire in enumerate(wires):
+        begin, end = page.evaluate(
+            """([from, output, to, input]) => {
+                const [source, target] = [app.graph._nodes[from], app.graph._nodes[to]]
+                const {ds: {scale, offset}, canvas} = app.canvas
+                const {left, top} = canvas.getBoundingClientRect()
+                const seen = ([x, y]) => [(x + offset[0]) * scale + left, (y + offset[1]) * scale + top]
+                return [seen(source.getOutputPos(output)), seen(target.getInputPos(target.findInputSlot(input)))]
+            }""",
+            wire,
+        )
+        page.mouse.move(*begin)
+        page.mouse.down()
+        page.mouse.move((begin[0] + end[0]) / 2, end[1] + 40, steps=3)
+        page.mouse.move(*end, steps=3)
+        page.mouse.up()
+        page.wait_for_function(f"[...app.graph.links.values()].length === {number + 1}")
+    assert errors_of_ours(page) == []
 
 
 def test_the_page_speaks_chinese(open_page):

@@ -29,7 +29,7 @@ export function smoothed(xs, ys, smoothing) {
 }
 
 /** A run's curves as lines of a chart. `name`: loss, grad_norm, lr, speed, memory or parts. */
-export function linesOf(curves, name, { smoothing = 0.5, byTime = false, colours, label = "" }) {
+export function linesOf(curves, name, { smoothing = 0.5, byTime = false, colours, label = "", forecast }) {
   if (!curves?.step.length) return [];
   const began = curves.time.find((time) => time !== null) ?? 0;
   const xs = byTime ? curves.time.map((time) => time - began) : curves.step;
@@ -47,7 +47,10 @@ export function linesOf(curves, name, { smoothing = 0.5, byTime = false, colours
       label: part,
     }));
   const ys = name === "memory" ? curves.memory.map((size) => (size === null ? null : size / 1e9)) : curves[name];
-  return [{ xs, ys, colour: colours[0], label: label || say(name) }];
+  const line = { xs, ys, colour: colours[0], label: label || say(name) };
+  if (name !== "memory" || !forecast) return [line];
+  const ends = [xs[0], xs.at(-1)];
+  return [line, { xs: ends, ys: ends.map(() => forecast / 1e9), dotted: true, colour: colours[1], label: say("forecast") }];
 }
 
 const finite = (values) => values.filter((value) => Number.isFinite(value));
@@ -61,6 +64,9 @@ function ticks(low, high, most) {
   for (let at = Math.ceil(low / unit) * unit; at <= high + unit * 1e-9; at += unit) found.push(Math.abs(at) < unit * 1e-9 ? 0 : at);
   return found;
 }
+
+/** Short enough for the room beside an axis. */
+const tick = (value) => (value && Math.abs(value) < 0.01 ? value.toExponential(2).replace(/\.?0+e/, "e") : number(value, 3));
 
 function range(lines, clip, log) {
   let all = lines.flatMap((line) => finite([...line.ys, ...(line.min ?? []), ...(line.max ?? [])]));
@@ -141,7 +147,7 @@ export class Chart {
       on.lineTo(width - RIGHT, Math.round(y(level)) + 0.5);
       on.stroke();
       on.globalAlpha = 1;
-      on.fillText(number(level, 3), LEFT - 4, y(level));
+      on.fillText(tick(level), LEFT - 4, y(level));
     }
     on.textBaseline = "alphabetic";
     for (const [value, align] of [[x0, "left"], [x1, "right"]]) {

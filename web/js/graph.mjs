@@ -8,6 +8,7 @@ const MUTED = 2;
 const BYPASSED = 4;
 const SUBGRAPH_INPUT = -10; // where a wire begins that comes from outside of its subgraph
 const LOADER = "LoraLoaderModelOnly";
+export const TRAIN_NODES = ["TrainLumina2LoRA", "TrainLumina2Full"];
 
 const root = () => app.rootGraph ?? app.graph.rootGraph ?? app.graph;
 
@@ -34,6 +35,12 @@ function origin(node, slot) {
   return found?.type === "Reroute" ? origin(found, 0) : (found ?? null);
 }
 
+/** The node behind an input, by its name; nothing where none is wired, or the wire can't be followed. */
+export function originOf(node, name) {
+  const slot = node.inputs?.findIndex((input) => input.name === name) ?? -1;
+  return slot < 0 ? null : origin(node, slot);
+}
+
 /** A node as the server wants it: type, widgets, and the nodes behind its inputs; null where a wire can't be followed. */
 export function described(node, depth = CHAIN) {
   if (!node || !depth || node.subgraph || [MUTED, BYPASSED].includes(node.mode)) return null;
@@ -58,8 +65,8 @@ export function setWidget(node, name, value) {
   node.graph?.setDirtyCanvas?.(true, true);
 }
 
-/** A new node with values in its widgets, beside another node or in the middle of what is seen. */
-export function addNode(type, values, beside) {
+/** A new node with values in its widgets, beside another node or in the middle of what is seen; `chosen`: selected. */
+export function addNode(type, values, beside, chosen = true) {
   const node = LiteGraph.createNode(type);
   if (!node) throw new Error(`${type}?`);
   const graph = beside?.graph ?? app.canvas.graph ?? app.graph;
@@ -67,7 +74,7 @@ export function addNode(type, values, beside) {
   node.pos = beside ? [beside.pos[0] + beside.size[0] + 60, beside.pos[1]] : [x + width / 2 - 150, y + height / 2 - 80];
   graph.add(node);
   for (const [name, value] of Object.entries(values)) setWidget(node, name, value);
-  app.canvas.selectNode?.(node);
+  if (chosen) app.canvas.selectNode?.(node);
   return node;
 }
 
@@ -79,14 +86,30 @@ export async function addLoader(name, full, beside) {
 
 export const run = () => app.queuePrompt(0, 1);
 
-/** Ends the prompt that runs this node, and no other. */
-export async function cancel(node) {
-  const ids = idsOf(node);
+/** Trains on: Run alone would hand out what was stopped and kept. `summary`: what the server tells of the run. */
+export async function goOn(node, summary) {
+  const token = Math.max(summary?.continue_token ?? 0, widgetOf(node, "continue_token")?.value ?? 0);
+  setWidget(node, "continue_token", token + 1);
+  await run();
+}
+
+/** Ends the prompt that runs one of these nodes, and no other; without any: the one that trains. */
+export async function cancel(...ids) {
   const { api } = app;
   const queue = await (await api.fetchApi("/queue")).json();
-  const type = node.comfyClass;
-  const mine = queue.queue_running.find(([, , prompt]) => ids.some((id) => prompt[id]?.class_type === type));
+  const trains = (prompt, id) => TRAIN_NODES.includes(prompt[id]?.class_type);
+  const wanted = ids.filter((id) => id !== undefined && id !== null);
+  const mine = queue.queue_running.find(([, , prompt]) =>
+    (wanted.length ? wanted : Object.keys(prompt)).some((id) => trains(prompt, id)),
+  );
   if (mine) await api.interrupt(mine[1]);
+}
+
+/** The train node of a run, found by the name in its widget. */
+export function nodeOf(name) {
+  return [...everyNode()].find(
+    ([, node]) => TRAIN_NODES.includes(node.comfyClass) && String(widgetOf(node, "run_name")?.value).trim() === name,
+  )?.[1];
 }
 
 /** The newest run of a name, one that goes on before all others; undefined where there is none. */

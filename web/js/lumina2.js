@@ -9,8 +9,11 @@ const TRAIN_NODES = ["TrainLumina2LoRA", "TrainLumina2Full"];
 const HIDDEN_WIDGETS = ["continue_token", "attempt"]; // a saved workflow carries them, nobody sets them by hand
 const FOLDER_WIDGETS = { Lumina2LoadDataset: "folder" };
 const PANEL_HEIGHT = 268; // also in lumina2.css: some frontends ask the widget, others the element
+const PANEL_WIDTH = 360; // of a new node
 const TAB = "lumina2-runs";
+const SEEN = "lumina2.seen"; // also in sidebar.mjs
 const RUNNING = new Set();
+let ended = 0; // runs that ended while no page was open
 
 // Frontends before ComfyUI_frontend #7214 drop the packs' texts of every language but English, so ours are put where
 // later ones put them.
@@ -70,6 +73,8 @@ function addPanel(node) {
     getMinHeight: () => PANEL_HEIGHT,
   });
   widget.serialize = false; // what a workflow saves of widgets is told by position
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width, PANEL_WIDTH), Math.max(node.size[1], height)]);
   let panel;
   whenSeen(element, async () => {
     panel = (await import("./panel.mjs")).mount(node, element);
@@ -110,14 +115,36 @@ async function completeFolders({ target }) {
 function badge() {
   const tabs = app.extensionManager.getSidebarTabs?.() ?? app.extensionManager.sidebarTab?.sidebarTabs ?? [];
   const tab = tabs.find((each) => each.id === TAB);
-  if (tab) tab.iconBadge = RUNNING.size ? String(RUNNING.size) : null;
+  if (tab) tab.iconBadge = RUNNING.size ? String(RUNNING.size) : ended ? "✓" : null;
+}
+
+const seenNow = () => localStorage.setItem(SEEN, String(Date.now() / 1000));
+
+/** What ended while no page was open; asked for once the page is connected. */
+async function lookBack() {
+  const seen = localStorage.getItem(SEEN);
+  if (!seen) return seenNow();
+  const answer = await api.fetchApi(`/lumina2/ended?since=${Math.floor(Number(seen))}`);
+  ended = (await answer.json()).ended ?? 0;
+  badge();
+}
+
+/** A sentence about one of our nodes marks the widget that it names; a train node's panel does so itself. */
+async function markWidget({ detail }) {
+  if (TRAIN_NODES.includes(detail.node_type)) return;
+  const { everyNode } = await import("./graph.mjs");
+  const node = [...everyNode()].find(([id]) => id === String(detail.node_id))?.[1];
+  if (node?.constructor.nodeData?.category !== CATEGORY) return;
+  const { mark } = await import("./labels.mjs");
+  mark(node, String(detail.exception_message ?? ""));
+  api.addEventListener("execution_start", () => mark(node, ""), { once: true });
 }
 
 function noteRun({ detail }) {
   const runs = ["running", "paused"].includes(detail.status);
   if (runs === RUNNING.has(detail.run_id)) return;
   if (runs) RUNNING.add(detail.run_id);
-  else RUNNING.delete(detail.run_id);
+  else if (RUNNING.delete(detail.run_id)) seenNow();
   badge();
 }
 
@@ -142,6 +169,9 @@ app.registerExtension({
       destroy: () => list?.close(),
     });
     api.addEventListener("lumina2.run", noteRun);
+    api.addEventListener("execution_error", markWidget);
+    api.addEventListener("status", lookBack, { once: true });
+    addEventListener("lumina2-seen", () => ((ended = 0), badge()));
     api.addEventListener("execution_cached", async ({ detail }) => {
       if (detail.nodes?.length) (await import("./dataset.mjs")).showCached(detail.nodes.map(String));
     });

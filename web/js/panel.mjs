@@ -3,9 +3,12 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { Chart, linesOf } from "./chart.mjs";
-import { button, copy, field, make, style, toast } from "./elements.mjs";
-import { addLoader, cancel, described, everyNode, idsOf, newestOf, run, setWidget, widgetOf } from "./graph.mjs";
+import * as commands from "./commands.mjs";
+import { button, copy, make, style, toast } from "./elements.mjs";
+import { addLoader, cancel, described, everyNode, goOn, idsOf, newestOf, run, setWidget, widgetOf } from "./graph.mjs";
+import { label, mark } from "./labels.mjs";
 import { strip } from "./pictures.mjs";
+import { rows as presets } from "./presets.mjs";
 import { post, watch } from "./runs.mjs";
 import { bytes, duration, number, rate, say } from "./words.mjs";
 
@@ -28,7 +31,6 @@ class Panel {
     this.error = "";
     this.prompt = { waits: false, stepped: false }; // of the prompt that runs now
     this.preparing = null;
-    this.labels = new Map();
     this.build();
     this.listen();
     this.look();
@@ -74,7 +76,7 @@ class Panel {
         this.error = "";
         this.prompt = { waits: true, stepped: false };
         this.loads = false;
-        this.mark(null);
+        mark(this.node, "");
         this.show();
       },
       "lumina2.run": ({ detail }) => {
@@ -82,6 +84,7 @@ class Panel {
         this.prompt = { waits: false, stepped: this.prompt.stepped || detail.status === "running" };
         this.preparing = null;
         this.follow(detail.run_id);
+        this.show();
       },
       progress_state: ({ detail }) => this.prepare(detail.nodes ?? {}),
       executed: ({ detail }) => {
@@ -96,7 +99,7 @@ class Panel {
         this.end();
         if (!mine(detail.node_id)) return this.show();
         this.error = String(detail.exception_message ?? "").trim();
-        this.mark(this.error);
+        mark(this.node, this.error);
         this.show();
       },
       execution_interrupted: () => this.end(),
@@ -183,13 +186,13 @@ class Panel {
     if (widgetOf(this.node, "run_name")?.value !== this.named && !this.prompt.waits) this.find();
     try {
       this.planned = await post("plan", { node: sent });
-      if (!this.error) this.mark(null);
+      if (!this.error) mark(this.node, "");
     } catch (error) {
       this.planned = { does: "refused", why: error.message, over: {} };
-      this.mark(error.message);
+      mark(this.node, error.message);
     }
     this.showPlan();
-    if (RUNNING.includes(this.run?.now.status)) return;
+    if (RUNNING.includes(this.run?.now.status) && this.forecast) return; // the training needs the processor
     try {
       this.showForecast(await post("forecast", { node: sent }));
     } catch (error) {
@@ -212,46 +215,36 @@ class Panel {
     const text = words && !RUNNING.includes(this.run?.now.status) ? `≈ ${say(...words)}` : "";
     this.next.textContent = text;
     this.next.title = differs?.length ? differs.join(", ") : (why ?? "");
-    if (this.marked !== "run_name") this.label("run_name", text);
+    label(this.node, "run_name", text);
     const widgets = ["steps", "learning_rate", "rank", "batch_size", "seed"];
     for (const name of widgets) {
       const widget = widgetOf(this.node, name);
       if (!widget) continue;
       const value = over?.[name];
       widget.disabled = value !== undefined;
-      if (this.marked !== name) this.label(name, value === undefined ? "" : say("from_config", { value: number(value, 6) }));
+      label(this.node, name, value === undefined ? "" : say("from_config", { value: number(value, 6) }));
     }
     this.node.setDirtyCanvas?.(true, true);
     this.show();
   }
 
-  /** Something behind a widget's name. */
-  label(name, text) {
-    const widget = widgetOf(this.node, name);
-    if (!widget) return;
-    if (!this.labels.has(name)) this.labels.set(name, widget.label);
-    const own = this.labels.get(name);
-    widget.label = text ? `${own ?? name} · ${text}` : own;
-  }
-
-  /** Marks the widget that a sentence names first; null: none. */
-  mark(sentence) {
-    if (this.marked) this.label(this.marked, "");
-    const named = (this.node.widgets ?? []).filter((widget) => sentence && widget.name && !widget.hidden);
-    const places = named.map((widget) => [sentence.search(new RegExp(`\\b${widget.name.replace("_", "[_ ]")}\\b`)), widget.name]);
-    this.marked = places.filter(([at]) => at >= 0).sort((a, b) => a[0] - b[0])[0]?.[1];
-    if (this.marked) this.label(this.marked, "⚠");
-    this.node.setDirtyCanvas?.(true, true);
-  }
-
   showForecast(found) {
     this.forecast = found;
+    this.showMemory();
+  }
+
+  /** What is needed; while it trains, what is used of it. */
+  showMemory() {
+    const found = this.forecast;
     const known = found?.known;
-    const need = { need: known ? bytes(found.total) : "", free: known ? bytes(found.free) : "" };
-    const text = known ? say("needs", need) : say(found ? "needs_unknown" : "needs_wait");
+    const used = RUNNING.includes(this.run?.now.status) ? this.run.curves?.memory.at(-1) : null;
+    const said = { need: known ? bytes(found.total) : "", free: known ? bytes(found.free) : "", used: bytes(used ?? 0) };
+    let text = say(known ? "needs" : found ? "needs_unknown" : "needs_wait", said);
+    if (used) text = say(known ? "uses_of" : "uses", said);
     this.memory.textContent = `▸ ${text}`;
     this.memory.title = known ? say("forecast") : (found?.why ?? text);
-    this.memory.dataset.fits = known && found.total > found.free ? "no" : "yes";
+    this.memory.dataset.fits = known && !used && found.total > found.free ? "no" : "yes";
+    if (this.run && known && RUNNING.includes(this.run.now.status)) this.run.forecast = found.total;
   }
 
   // What is seen.
@@ -279,6 +272,7 @@ class Panel {
     this.line.textContent = this.detail(state, now);
     this.line.title = this.line.textContent;
     if (active) this.next.textContent = now.left > 0 ? say("left", { t: duration(now.left) }) : "";
+    if (active) this.showMemory();
     const curves = this.run?.curves;
     this.chart.show(linesOf(curves, "loss", { colours: COLOURS }));
     this.empty.hidden = Boolean(curves?.step.length);
@@ -336,20 +330,16 @@ class Panel {
     this.buttonsFor = key;
     this.toggle(null);
     const where = (sentence) => toast(sentence, "error");
-    const send = (name, body = {}) => post(name, { run_id: this.runId, ...body });
     const open = button("", () => this.open(), { tip: say("open"), kind: "small", icon: "external-link", where });
     let shown = [];
+    const preset = (kind) => button(kind ? "" : say("presets"), () => this.toggle("presets"), { tip: say("presets_tip"), kind, icon: kind && "sliders-h", where });
     if (active && now.mine) {
-      const paused = now.status === "paused";
-      shown = [
-        button(say("stop"), () => send("stop"), { tip: say("stop_tip"), kind: "primary", where }),
-        button(say(paused ? "resume" : "pause"), () => send(paused ? "resume" : "pause"), { where }),
-        button(say("sample"), () => this.toggle("sample"), { tip: say("sample_tip"), where }),
-        button(say("save"), () => this.saved(send("save")), { tip: say("save_tip"), where }),
-        button("⋯", () => this.toggle("more"), { tip: say("more"), kind: "small", where }),
-      ];
+      const more = button("⋯", () => this.toggle("more"), { tip: say("more"), kind: "small", where });
+      shown = [...commands.buttons(this.runId, now.status, () => this.toggle("sample"), where), more];
     } else if (["waiting", "caching", "loading"].includes(state)) {
-      shown = [button(say("cancel"), () => cancel(this.node), { tip: say("cancel_tip"), where })];
+      shown = [button(say("cancel"), () => cancel(...idsOf(this.node)), { tip: say("cancel_tip"), where })];
+    } else if (state === "idle") {
+      shown = [preset()];
     } else if (this.run && ENDED.includes(state)) {
       const file = `lumina2/${this.runId}.safetensors`;
       const full = this.run.summary?.full;
@@ -357,7 +347,7 @@ class Panel {
       const trained = ["finished", "trained", "stopped"].includes(state);
       shown = [
         ["stopped", "interrupted", "failed"].includes(state)
-          ? button(say("go_on"), () => this.continue(), { kind: "primary", where })
+          ? button(say("go_on"), () => goOn(this.node, this.run.summary), { kind: "primary", where })
           : null,
         state === "failed" ? button(say("copy"), () => copy(this.sentenceShown), { where }) : null,
         trained
@@ -369,21 +359,10 @@ class Panel {
           : null,
         trained ? button("", () => copy(file), { tip: say("copy_name"), kind: "small", icon: "copy", where }) : null,
         button("", () => this.startOver(), { tip: `${say("again")}: ${say("again_tip")}`, kind: "small", icon: "replay", where }),
+        preset("small"),
       ].filter(Boolean);
     } else if (state === "failed") shown = [button(say("copy"), () => copy(this.error), { where })];
     this.buttons.replaceChildren(...shown, open);
-  }
-
-  async saved(sent) {
-    await sent;
-    toast(say("asked"));
-  }
-
-  async continue() {
-    const token = this.run.summary?.continue_token ?? 0;
-    const own = widgetOf(this.node, "continue_token")?.value ?? 0;
-    setWidget(this.node, "continue_token", Math.max(token, own) + 1);
-    await run();
   }
 
   async startOver() {
@@ -396,17 +375,30 @@ class Panel {
     show(this.runId);
   }
 
-  /** A drawer over the samples: what memory goes to, a prompt to draw, or the rest of the buttons. */
-  toggle(kind) {
+  /** A drawer over the samples: what memory goes to, presets, a prompt to draw, or the rest of the buttons. */
+  async toggle(kind) {
     const again = this.drawer?.dataset.kind === kind;
+    const inside = this.drawer?.contains(document.activeElement);
+    const opening = (this.opening = {}); // another one may be asked for before this one's rows are there
     this.drawer?.remove();
     this.drawer = null;
+    if (inside) this.opener?.focus();
     if (!kind || again) return;
-    const rows = { memory: () => this.savings(), sample: () => this.asking(), more: () => this.rest() }[kind]();
-    const close = (event) => event.key === "Escape" && this.toggle(null);
-    this.drawer = make("div.drawer", { "data-kind": kind, onkeydown: close }, rows);
+    const done = () => this.toggle(null);
+    const clip = this.node.inputs?.find((input) => input.name === "clip");
+    const drawers = {
+      memory: () => this.savings(),
+      presets: () => presets(this.node, done),
+      sample: () => commands.drawing(this.runId, clip && clip.link != null, done),
+      more: () => commands.rest(this.run, done),
+    };
+    this.opener = document.activeElement;
+    const rows = await drawers[kind]();
+    if (this.opening !== opening) return;
+    const close = (event) => event.key === "Escape" && done();
+    this.drawer = make("div.drawer", { "data-kind": kind, role: "group", tabIndex: -1, onkeydown: close }, rows);
     this.element.append(this.drawer);
-    this.drawer.querySelector("input, button")?.focus();
+    (this.drawer.querySelector("input:enabled, button") ?? this.drawer).focus();
   }
 
   savings() {
@@ -422,40 +414,5 @@ class Panel {
       make("tr", {}, make("th", { colSpan: 2 }, saved.length ? `${say("saves")}:` : say("fits"))),
       saved.map(([name, size]) => row(name, size)),
     );
-  }
-
-  asking() {
-    const draw = async () => {
-      await post("sample", { run_id: this.runId, prompt: prompt.value });
-      this.toggle(null);
-      toast(say("asked"));
-    };
-    const refused = (error) => toast(error.message, "error");
-    const clip = this.node.inputs?.find((input) => input.name === "clip");
-    const prompt = field(say("sample_prompt"), {
-      placeholder: clip && clip.link == null ? say("no_clip") : say("sample_prompt"),
-      onenter: () => draw().catch(refused),
-      onescape: () => this.toggle(null),
-    });
-    prompt.disabled = Boolean(clip && clip.link == null);
-    return make("div.row", {}, prompt, button(say("draw"), draw, { kind: "primary" }));
-  }
-
-  rest() {
-    const set = async () => {
-      await post("learning-rate", { run_id: this.runId, rate: typed.value });
-      this.toggle(null);
-      toast(say("asked"));
-    };
-    const rate = this.run?.curves?.lr.findLast?.((value) => value !== null);
-    const typed = field(say("rate"), {
-      value: rate ?? "",
-      onenter: () => set().catch((error) => toast(error.message, "error")),
-      onescape: () => this.toggle(null),
-    });
-    return [
-      make("label.row", {}, say("rate"), typed, button(say("set"), set)),
-      make("div.row", {}, make("span.grow.faint", {}, say("others_wait")), button(say("cancel"), () => cancel(this.node), { tip: say("cancel_tip"), kind: "danger" })),
-    ];
   }
 }

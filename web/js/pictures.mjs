@@ -5,13 +5,13 @@ import { pictureUrl } from "./runs.mjs";
 import { number, say } from "./words.mjs";
 
 /** Every picture with its prompt and step, and the first one of the same prompt: the base model's. */
-function listed(samples) {
+function listed(runId, samples) {
   const first = new Map();
   const all = [];
   for (const row of samples.rows)
     for (const picture of row.pictures) {
       const key = `${picture.prompt} ${Boolean(picture.ema)}`;
-      const shown = { ...picture, step: row.step, asked: row.asked, about: samples.prompts[picture.prompt] ?? {} };
+      const shown = { ...picture, runId, step: row.step, asked: row.asked, about: samples.prompts[picture.prompt] ?? {} };
       if (!first.has(key)) first.set(key, shown);
       shown.base = first.get(key) === shown || first.get(key).step !== 0 ? null : first.get(key);
       all.push(shown);
@@ -24,7 +24,7 @@ const caption = (picture) =>
     .filter(Boolean)
     .join(" · ");
 
-function thumbnail(runId, picture, all, size) {
+function thumbnail(picture, all, size) {
   return make(
     "button.thumb",
     {
@@ -33,16 +33,16 @@ function thumbnail(runId, picture, all, size) {
       "aria-label": `${say("full_size")}: ${caption(picture)}`,
       onclick: (event) => {
         event.stopPropagation();
-        view(runId, all, all.indexOf(picture));
+        view(all, all.indexOf(picture));
       },
     },
-    make("img", { src: pictureUrl(runId, picture.path, size), alt: caption(picture), loading: "lazy", draggable: false }),
+    make("img", { src: pictureUrl(picture.runId, picture.path, size), alt: caption(picture), loading: "lazy", draggable: false }),
   );
 }
 
 /** The base model's picture and the newest ones, as many as fit. */
 export function strip(host, runId, samples) {
-  const all = listed(samples);
+  const all = listed(runId, samples);
   const key = all.map((each) => each.path).join("\n");
   if (host.dataset.key === key) return all.length;
   host.dataset.key = key;
@@ -56,7 +56,7 @@ export function strip(host, runId, samples) {
       make(
         "figure",
         {},
-        thumbnail(runId, picture, all, 128),
+        thumbnail(picture, all, 128),
         make("span.tag", {}, picture.step === 0 ? say("before") : String(picture.step)),
       ),
     ),
@@ -66,12 +66,12 @@ export function strip(host, runId, samples) {
 
 /** Rows are prompts, columns are steps. */
 export function timeline(runId, samples) {
-  const all = listed(samples);
+  const all = listed(runId, samples);
   if (!all.length) return make("div.empty", {}, say("no_samples"));
   const head = make(
     "tr",
     {},
-    make("th", { scope: "row" }),
+    make("td"),
     samples.rows.map((row) =>
       make("th", { scope: "col" }, row.step === 0 ? say("before") : String(row.step), row.asked ? ` (${say("now_asked")})` : ""),
     ),
@@ -87,7 +87,7 @@ export function timeline(runId, samples) {
           "td",
           {},
           here.map((picture) => [
-            thumbnail(runId, picture, all, 192),
+            thumbnail(picture, all, 192),
             picture.score ? make("small.faint", {}, say("score", { n: number(picture.score, 3) })) : null,
           ]).flat(),
         );
@@ -97,8 +97,48 @@ export function timeline(runId, samples) {
   return make("div.timeline", {}, make("table", {}, make("thead", {}, head), make("tbody", {}, rows)));
 }
 
+/** Two runs' newest pictures of the same prompts beside each other; in full size the slider goes from one to the other. */
+export function sideBySide(...runs) {
+  const newest = runs.map(({ runId, samples }) => {
+    const all = listed(runId, samples).filter((picture) => !picture.ema);
+    return new Map(all.map((picture) => [`${picture.about.seed} ${picture.about.prompt}`, picture]));
+  });
+  const prompts = [...new Set(newest.flatMap((each) => [...each.keys()]))];
+  if (!prompts.length) return make("div.empty", {}, say("no_samples"));
+  const [left, right] = newest;
+  const all = [];
+  for (const prompt of prompts) {
+    const [one, other] = [left.get(prompt), right.get(prompt)].map((picture) => picture && { ...picture, base: null });
+    if (one && other) other.base = one;
+    all.push(...[one, other].filter(Boolean));
+  }
+  const cell = (prompt, run) => {
+    const picture = all.find((each) => each.runId === run.runId && `${each.about.seed} ${each.about.prompt}` === prompt);
+    return make("td", {}, picture ? [thumbnail(picture, all, 192), make("small.faint", {}, `${say("step")} ${picture.step}`)] : "–");
+  };
+  const named = (prompt) => all.find((each) => `${each.about.seed} ${each.about.prompt}` === prompt).about;
+  return make(
+    "div.timeline",
+    {},
+    make(
+      "table",
+      {},
+      make("thead", {}, make("tr", {}, make("td"), runs.map(({ runId }) => make("th", { scope: "col" }, runId)))),
+      make(
+        "tbody",
+        {},
+        prompts.map((prompt) => {
+          const about = named(prompt);
+          const head = make("th", { scope: "row", title: `${about.prompt}\nseed ${about.seed}` }, about.name || about.prompt || "–");
+          return make("tr", {}, head, runs.map((run) => cell(prompt, run)));
+        }),
+      ),
+    ),
+  );
+}
+
 /** Full size: arrow keys walk, the slider uncovers the base model's picture, Esc closes. */
-function view(runId, all, at) {
+function view(all, at) {
   const before = document.activeElement;
   const text = make("span.grow", {});
   const over = make("img", { alt: "" });
@@ -113,11 +153,11 @@ function view(runId, all, at) {
   const show = (index) => {
     at = (index + all.length) % all.length;
     const picture = all[at];
-    under.src = pictureUrl(runId, picture.path);
+    under.src = pictureUrl(picture.runId, picture.path);
     under.alt = caption(picture);
     const base = picture.base;
     over.hidden = edge.hidden = compared.hidden = !base;
-    if (base) over.src = pictureUrl(runId, base.path);
+    if (base) over.src = pictureUrl(base.runId, base.path);
     text.textContent = `${caption(picture)} · seed ${picture.about.seed}`;
   };
   const close = () => {

@@ -33,6 +33,9 @@ export function pictureUrl(runId, path, size) {
   return api.apiURL(`/lumina2/sample?${query}`);
 }
 
+export const checkpointUrl = (runId, step) =>
+  api.apiURL(`/lumina2/checkpoint?${new URLSearchParams({ run_id: runId, step })}`);
+
 const SPREAD = ["loss", "grad_norm"];
 const PLAIN = ["step", "time", "speed", "lr", "memory"];
 
@@ -68,6 +71,7 @@ class Watched {
     this.curves = null;
     this.samples = { prompts: [], rows: [] };
     this.live = null; // the last message
+    this.forecast = null; // bytes that a panel's forecast says it needs
     this.error = null;
     this.watchers = new Set();
     this.timer = null;

@@ -3,10 +3,12 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { Chart, linesOf } from "./chart.mjs";
+import * as commands from "./commands.mjs";
 import { button, confirmed, copy, field, make, style, toast } from "./elements.mjs";
-import { addLoader, addNode, setWidget, widgetOf } from "./graph.mjs";
-import { timeline } from "./pictures.mjs";
-import { ask, post, watch } from "./runs.mjs";
+import { addLoader, goOn, nodeOf } from "./graph.mjs";
+import { sideBySide, timeline } from "./pictures.mjs";
+import { ask, checkpointUrl, post, watch } from "./runs.mjs";
+import { copySettings, download } from "./settings.mjs";
 import { ago, bytes, duration, number, rate, say } from "./words.mjs";
 
 const TAB = "lumina2-runs";
@@ -17,7 +19,9 @@ const PLOTS = ["loss", "lr", "grad_norm", "speed", "memory", "parts"];
 const MARKS = { running: "●", paused: "❚❚", finished: "✓", stopped: "■", interrupted: "⚠", failed: "⚠" };
 const FIRST = ["--l2-line", "--l2-eval"];
 const SECOND = ["--l2-other", "--l2-eval"];
-const WIDGETS = { batch_size: "batch_size", learning_rate: "learning_rate", seed: "seed", lora_rank: "rank" };
+const TABS = ["curves", "samples", "checkpoints", "data", "settings", "log"];
+const CAN_GO_ON = ["stopped", "interrupted", "failed"];
+const SEEN = "lumina2.seen"; // when the list was looked at last, in seconds: what ended later is news
 const SHOWN = "lumina2.curves"; // how curves are shown, kept for the next time
 
 let sidebar;
@@ -83,7 +87,7 @@ class Sidebar {
         this.fill();
       },
     });
-    this.rows = make("div.body", { role: "list" });
+    this.rows = make("div.body");
     this.element.replaceChildren(
       make("h2", {}, say("runs")),
       make("div.row", {}, search, make("label.row", {}, compare, say("compare"))),
@@ -96,6 +100,8 @@ class Sidebar {
   async load() {
     try {
       this.runs = (await ask("runs")).runs;
+      localStorage.setItem(SEEN, String(Date.now() / 1000));
+      dispatchEvent(new Event("lumina2-seen"));
       if (this.view === "list") this.fill();
     } catch (error) {
       if (this.view === "list") this.rows.replaceChildren(make("div.error", { role: "alert" }, error.message));
@@ -175,7 +181,7 @@ class Sidebar {
     this.state = make("span.grow.faint", { role: "status" });
     this.body = make("div.body", { role: "tabpanel" });
     const remove = button("", () => this.remove(runId), { tip: say("delete"), icon: "trash" });
-    const tabs = ["curves", "samples", "checkpoints", "settings", "log"].map((name) =>
+    const tabs = TABS.map((name) =>
       make(
         "button.tab",
         {
@@ -195,10 +201,13 @@ class Sidebar {
       ),
     );
     this.commands = make("div.buttons");
+    this.commandsFor = null;
+    this.drawer = make("div.rows", { hidden: true, onkeydown: (event) => event.key === "Escape" && this.toggle(null) });
     this.element.replaceChildren(
       this.back(make("h2.grow", { title: runId }, runId), remove),
       make("div.row", {}, this.state),
       this.commands,
+      this.drawer,
       make("div.tabs", { role: "tablist" }, tabs),
       this.body,
     );
@@ -233,23 +242,36 @@ class Sidebar {
   }
 
   showCommands(now) {
-    const key = `${now.mine} ${now.status}`;
-    if (this.commandsFor === key + this.view) return;
-    this.commandsFor = key + this.view;
-    const send = (name, body) => async () => {
-      await post(name, { run_id: this.view, ...body });
-      toast(say("asked"));
-    };
     const active = now.mine && RUNNING.includes(now.status);
-    this.commands.hidden = !active;
+    const key = `${active} ${now.status}`;
+    if (this.commandsFor === key) return;
+    this.commandsFor = key;
+    const node = CAN_GO_ON.includes(now.status) && nodeOf(this.run.summary.name);
+    this.toggle(null);
+    this.commands.hidden = !active && !node;
+    if (node) this.commands.replaceChildren(button(say("go_on"), () => goOn(node, this.run.summary), { kind: "primary" }));
     if (!active) return;
-    const paused = now.status === "paused";
-    this.commands.replaceChildren(
-      button(say("stop"), send("stop"), { tip: say("stop_tip"), kind: "primary" }),
-      button(say(paused ? "resume" : "pause"), send(paused ? "resume" : "pause")),
-      button(say("sample"), send("sample"), { tip: say("sample_tip") }),
-      button(say("save"), send("save"), { tip: say("save_tip") }),
+    const more = button("⋯", () => this.toggle("more"), { tip: say("more"), kind: "small" });
+    this.commands.replaceChildren(...commands.buttons(this.view, now.status, () => this.toggle("sample"), toast), more);
+  }
+
+  /** A row under the buttons: a prompt to draw, or a learning rate and Cancel. */
+  toggle(kind) {
+    const again = this.drawer.dataset.kind === kind;
+    const inside = this.drawer.contains(document.activeElement);
+    const done = () => this.toggle(null);
+    this.drawer.hidden = !kind || again;
+    this.drawer.dataset.kind = this.drawer.hidden ? "" : kind;
+    if (this.drawer.hidden) {
+      this.drawer.replaceChildren();
+      if (inside) this.opener?.focus();
+      return;
+    }
+    this.opener = document.activeElement;
+    this.drawer.replaceChildren(
+      ...[kind === "sample" ? commands.drawing(this.view, undefined, done) : commands.rest(this.run, done)].flat(),
     );
+    this.drawer.querySelector("input")?.focus();
   }
 
   async fillTab() {
@@ -263,7 +285,7 @@ class Sidebar {
     try {
       const about = await ask("run", { run_id: this.view });
       if (this.tab !== tab || about.run_id !== this.view) return;
-      this.body.replaceChildren(...{ checkpoints: () => this.checkpoints(about), settings: () => this.settings(about), log: () => log(about) }[tab]());
+      this.body.replaceChildren(...{ checkpoints: () => this.checkpoints(about), data: () => data(about), settings: () => this.settings(about), log: () => log(about) }[tab]());
     } catch (error) {
       this.body.replaceChildren(make("div.error", { role: "alert" }, error.message));
     }
@@ -294,7 +316,7 @@ class Sidebar {
         make("td.number", {}, String(step)),
         make("td.number", {}, bytes(size)),
         make("td.number", { title: say("eval") }, score === undefined ? "" : number(score, 3)),
-        make("td", {}, make("div.row", {}, lora ? button(say("use"), publish) : null, button("", remove, { tip: say("delete"), icon: "trash" }))),
+        make("td", {}, make("div.row", {}, lora ? button(say("use"), publish) : null, lora ? saving(about.run_id, step) : null, button("", remove, { tip: say("delete"), icon: "trash" }))),
       );
     });
     const file = about.lora_name
@@ -308,7 +330,7 @@ class Sidebar {
         )
       : null;
     if (!rows.length) return [file, make("div.empty", {}, say("no_checkpoints"))].filter(Boolean);
-    const head = make("tr", {}, [say("step"), say("size"), say("eval"), ""].map((text) => make("th", { scope: "col" }, text)));
+    const head = make("tr", {}, [say("step"), say("size"), say("eval"), ""].map(heading));
     return [file, make("table.table", {}, make("thead", {}, head), make("tbody", {}, rows))].filter(Boolean);
   }
 
@@ -318,7 +340,12 @@ class Sidebar {
     const changed = Object.entries(about.changed).map(([name, [value, before]]) => [name, value, before]);
     const others = Object.entries(about.settings).filter(([name]) => !(name in about.changed));
     return [
-      button(say("to_node"), () => copySettings(about), { kind: "primary" }),
+      make(
+        "div.row",
+        {},
+        button(say("to_node"), () => copySettings(about), { kind: "primary" }),
+        button(say("export"), () => download(about.run_id), { tip: say("export_tip") }),
+      ),
       make("h3", {}, say("changed")),
       changed.length ? rows(changed) : make("p.faint", {}, "–"),
       make("h3", {}, say("others")),
@@ -340,19 +367,19 @@ class Sidebar {
     this.view = "compare";
     const body = make("div.body");
     const show = plots(body, [FIRST, SECOND]);
-    const samples = [first, second].map((runId) => make("div", {}, make("h3", {}, runId)));
+    const samples = make("div");
     const differ = make("div");
-    body.append(make("h3", {}, say("samples")), ...samples, make("h3", {}, say("differ")), differ);
+    body.append(make("h3", {}, say("samples")), samples, make("h3", {}, say("differ")), differ);
     this.element.replaceChildren(this.back(make("h2.grow", {}, `${first} ↔ ${second}`)), body);
     const both = [null, null];
     this.unwatch = [first, second].map((runId, i) =>
       watch(runId, (run) => {
         both[i] = run;
         show(both.filter(Boolean), runId);
-        if (run.samples.rows.length && samples[i].dataset.rows !== String(run.samples.rows.length)) {
-          samples[i].dataset.rows = run.samples.rows.length;
-          samples[i].replaceChildren(make("h3", {}, runId), timeline(runId, run.samples));
-        }
+        const key = both.map((each) => each?.samples.rows.length).join();
+        if (!both.every(Boolean) || samples.dataset.key === key) return;
+        samples.dataset.key = key;
+        samples.replaceChildren(sideBySide(...both));
       }),
     );
     Promise.all([first, second].map((runId) => ask("run", { run_id: runId })))
@@ -361,19 +388,56 @@ class Sidebar {
   }
 }
 
+/** Of a column; one without a name heads nothing. */
+const heading = (text) => (text ? make("th", { scope: "col" }, text) : make("td"));
+
 const written = (value) => (typeof value === "object" && value !== null ? JSON.stringify(value) : String(value));
 
 function differences(a, b) {
   const names = [...new Set([...Object.keys(a.settings), ...Object.keys(b.settings)])];
   const rows = names.filter((name) => written(a.settings[name]) !== written(b.settings[name]));
   if (!rows.length) return make("p.faint", {}, say("same"));
-  const head = make("tr", {}, ["", a.run_id, b.run_id].map((text) => make("th", { scope: "col" }, text)));
+  const head = make("tr", {}, ["", a.run_id, b.run_id].map(heading));
   return make(
     "table.table",
     {},
     make("thead", {}, head),
     make("tbody", {}, rows.map((name) => make("tr", {}, [name, written(a.settings[name]), written(b.settings[name])].map((text) => make("td", {}, text))))),
   );
+}
+
+const saving = (runId, step) =>
+  make(
+    "a.button",
+    { href: checkpointUrl(runId, step), download: "", title: say("download"), "aria-label": say("download") },
+    make("i", { className: "pi pi-download", "aria-hidden": "true" }),
+  );
+
+/** What the run was trained on, and what it was not. */
+function data({ data: about }) {
+  if (!about.datasets.length) return [make("div.empty", {}, say("none"))];
+  const titles = [say("dataset"), say("pictures"), say("passes"), say("buckets")];
+  const rows = about.datasets.map((each) => [
+    each.regularisation ? `${each.id} (${say("regularisation")})` : each.id,
+    String(each.pictures),
+    String(each.repeats + 1),
+    each.sizes.join(", "),
+  ]);
+  const cells = (row) => row.map((text, i) => make(i === 1 || i === 2 ? "td.number" : "td", {}, text));
+  const list = (title, sentences) => [
+    make("h3", {}, `${title}: ${sentences.length}`),
+    ...sentences.map((sentence) => make("p.sentence", {}, sentence)),
+  ];
+  return [
+    make(
+      "table.table",
+      {},
+      make("thead", {}, make("tr", {}, titles.map(heading))),
+      make("tbody", {}, rows.map((row) => make("tr", {}, cells(row)))),
+    ),
+    ...list(say("left_out"), about.left_out),
+    ...list(say("cut"), about.cut),
+  ];
 }
 
 function log(about) {
@@ -416,7 +480,12 @@ function plots(host, colours) {
   const draw = () => {
     for (const name of PLOTS) {
       const lines = runs.flatMap((run, i) =>
-        linesOf(run.curves, name, { ...options, colours: colours[i] ?? FIRST, label: runs.length > 1 ? run.runId : "" }),
+        linesOf(run.curves, name, {
+          ...options,
+          colours: colours[i] ?? FIRST,
+          label: runs.length > 1 ? run.runId : "",
+          forecast: run.forecast,
+        }),
       );
       const known = lines.some((line) => line.ys.some((value) => Number.isFinite(value)));
       boxes[name].hidden = !known && name !== "loss";
@@ -435,41 +504,6 @@ function plots(host, colours) {
     runs = shown;
     draw();
   };
-}
-
-/** A train node with the run's settings: in its widgets, and the others in a Training Settings node wired to it. */
-function copySettings(about) {
-  const type = about.full ? "TrainLumina2Full" : "TrainLumina2LoRA";
-  const widgets = { run_name: about.name, steps: about.target };
-  const more = {};
-  for (const [name, [value]] of Object.entries(about.changed)) {
-    if (name in WIDGETS) widgets[WIDGETS[name]] = value;
-    else if (name !== "steps" && !/^(lora|lycoris|full)_/.test(name)) more[name] = value;
-  }
-  const adapter = Object.fromEntries(
-    Object.entries(about.changed)
-      .filter(([name]) => name.startsWith("lora_") && name !== "lora_rank")
-      .map(([name, [value]]) => [name === "lora_qkv" ? name : name.slice(5), value]),
-  );
-  const node = addNode(type, widgets);
-  const wire = (from, input) => from.connect(0, node, node.findInputSlot(input));
-  if (Object.keys(adapter).length) {
-    const settings = addNode("Lumina2LoRASettings", { rank: widgets.rank ?? 16, ...adapter });
-    settings.pos = [node.pos[0] - settings.size[0] - 60, node.pos[1]];
-    wire(settings, "adapter");
-  }
-  if (Object.keys(more).length) {
-    const settings = addNode("Lumina2TrainingSettings", {});
-    settings.pos = [node.pos[0] - settings.size[0] - 60, node.pos[1] + 420];
-    for (const name of Object.keys(more)) {
-      if (!widgetOf(settings, name)) continue;
-      setWidget(settings, name, more[name]);
-      delete more[name];
-    }
-    if (Object.keys(more).length) setWidget(settings, "more", JSON.stringify(more, null, 2));
-    wire(settings, "config");
-  }
-  toast(say("added"), "success");
 }
 
 async function quickStart() {
