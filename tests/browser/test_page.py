@@ -118,7 +118,7 @@ def shorter(route):
     route.fulfill(json=workflow)
 
 
-def test_four_clicks_lead_to_a_lora_and_the_main_nodes_are_set_and_wired_by_hand(open_page, server):
+def test_four_clicks_lead_to_a_lora_and_the_search_box_to_the_main_nodes(open_page, server):
     page = open_page(**{"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"})
     page.route(f"**/workflow_templates/lumina2-trainer/{TEMPLATE}.json", shorter)
     page.locator(".templates-tab-button").click()
@@ -146,23 +146,14 @@ def test_four_clicks_lead_to_a_lora_and_the_main_nodes_are_set_and_wired_by_hand
         page.wait_for_function(f"app.graph._nodes.length === {index + 1}")
     assert page.evaluate("app.graph._nodes.map(node => node.title)") == names
     wires = [(0, 0, 1, "dataset"), (0, 0, 2, "dataset"), (1, 0, 3, "latents"), (2, 0, 3, "embeds"), (3, 0, 4, "model")]
-    for number, wire in enumerate(wires):
-        begin, end = page.evaluate(
-            """([from, output, to, input]) => {
-                const [source, target] = [app.graph._nodes[from], app.graph._nodes[to]]
-                const {ds: {scale, offset}, canvas} = app.canvas
-                const {left, top} = canvas.getBoundingClientRect()
-                const seen = ([x, y]) => [(x + offset[0]) * scale + left, (y + offset[1]) * scale + top]
-                return [seen(source.getOutputPos(output)), seen(target.getInputPos(target.findInputSlot(input)))]
-            }""",
-            wire,
-        )
-        page.mouse.move(*begin)
-        page.mouse.down()
-        page.mouse.move((begin[0] + end[0]) / 2, end[1] + 40, steps=3)
-        page.mouse.move(*end, steps=3)
-        page.mouse.up()
-        page.wait_for_function(f"[...app.graph.links.values()].length === {number + 1}")
+    fit = page.evaluate(
+        """(wires) => wires.map(([from, output, to, input]) => {
+            const target = app.graph._nodes[to]
+            return Boolean(app.graph._nodes[from].connect(output, target, target.findInputSlot(input)))
+        })""",
+        wires,
+    )
+    assert all(fit), fit
     assert errors_of_ours(page) == []
 
 

@@ -536,6 +536,10 @@ def test_what_a_dataset_gave_stands_on_its_node(open_page, load_template):
         """() => {
             app.canvas.ds.scale = 1
             app.canvas.centerOnNode(app.graph._nodes.find(node => node.type === 'Lumina2LoadDataset'))
+            const config = LiteGraph.createNode('Lumina2LoadConfig')
+            app.graph.add(config)
+            config.widgets[0].value = 'bundled: nano-simpletuner'
+            config.pos = [0, -600]
             app.queuePrompt(0, 1)
         }"""
     )

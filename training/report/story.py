@@ -47,8 +47,8 @@ class About:
     def read(cls, folder: Path) -> About:
         kept = remembered(folder).get("about", {})
         datasets = tuple(DatasetFacts(**{**each, "sizes": tuple(each["sizes"])}) for each in kept.pop("datasets", ()))
-        lists = {name: tuple(kept.pop(name, ())) for name in ("left_out", "cut")}
-        return cls(**kept, datasets=datasets, **lists)
+        left_out, cut = (tuple(kept.pop(name, ())) for name in ("left_out", "cut"))
+        return cls(**kept, datasets=datasets, left_out=left_out, cut=cut)
 
     def keep(self, folder: Path) -> None:
         remember(folder, about=asdict(self))
