@@ -94,7 +94,9 @@ class Config:
 
     def check(self) -> None:
         """Raises SettingError where a value is not possible in any run."""
-        self.training(TrainSettings(steps=2**31, optimizer=OptimizerSettings(learning_rate=0.1)))
+        full = self.values.get("fused_backward")  # what only a full fine-tune may do
+        adapter: AdapterSettings = FullSettings() if full else LoRASettings()
+        self.training(TrainSettings(steps=2**31, adapter=adapter, optimizer=OptimizerSettings(learning_rate=0.1)))
         _ = self.validation, self.report
 
     def training(self, settings: TrainSettings) -> TrainSettings:
