@@ -195,7 +195,7 @@ app.registerExtension({
       if (train) app.refreshComboInNodes(); // a LoRA that was just trained appears in every loader's list
       const read = results[0]?.lumina2_dataset?.[0];
       if (read) (await import("./dataset.mjs")).show(this, read);
-      const text = results[0]?.text?.join("\n");
+      const text = [results[0]?.text ?? []].flat().join("\n");
       if (text) (await import("./dataset.mjs")).tell(this, text);
     };
   },
