@@ -118,7 +118,7 @@ def shorter(route):
     route.fulfill(json=workflow)
 
 
-def test_four_clicks_lead_to_a_lora_and_the_search_box_to_the_main_nodes(open_page, server):
+def test_four_clicks_lead_from_the_page_to_a_lora(open_page, server):
     page = open_page(**{"Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"})
     page.route(f"**/workflow_templates/lumina2-trainer/{TEMPLATE}.json", shorter)
     page.locator(".templates-tab-button").click()
@@ -134,26 +134,6 @@ def test_four_clicks_lead_to_a_lora_and_the_search_box_to_the_main_nodes(open_pa
     shown = page.locator(".lumina2-dataset")
     shown.get_by_text("pictures: 16 · buckets: 1").wait_for(timeout=WAIT_MS)
     assert shown.locator("img").count() == 6
-
-    page.evaluate("() => { app.graph.clear(); app.canvas.ds.scale = 0.6; app.canvas.ds.offset = [200, 200] }")
-    names = ["Load Dataset", "Cache Latents", "Cache Text Embeds", "Train Lumina2 LoRA", "Validate Sample"]
-    for index, name in enumerate(names):
-        page.mouse.dblclick(160 + 290 * index, 320)
-        box = page.locator(".comfy-vue-node-search-container input, .litesearchbox input").first
-        box.fill(name)
-        page.locator(".comfy-vue-node-search-container li, .lite-search-item").filter(has_text=name).first.wait_for()
-        box.press("Enter")
-        page.wait_for_function(f"app.graph._nodes.length === {index + 1}")
-    assert page.evaluate("app.graph._nodes.map(node => node.title)") == names
-    wires = [(0, 0, 1, "dataset"), (0, 0, 2, "dataset"), (1, 0, 3, "latents"), (2, 0, 3, "embeds"), (3, 0, 4, "model")]
-    fit = page.evaluate(
-        """(wires) => wires.map(([from, output, to, input]) => {
-            const target = app.graph._nodes[to]
-            return Boolean(app.graph._nodes[from].connect(output, target, target.findInputSlot(input)))
-        })""",
-        wires,
-    )
-    assert all(fit), fit
     assert errors_of_ours(page) == []
 
 
