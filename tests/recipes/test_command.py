@@ -151,7 +151,7 @@ def test_one_run_in_comfyui_and_on_the_command_line(server, tmp_path):
     def node(kind, **inputs):
         return {"class_type": kind, "inputs": inputs}
 
-    def queue(path):
+    def queue(path, **others):
         server.run(
             {
                 "model": node("Lumina2LoadDiffusers", folder="lumina2-nano (bundled)", dtype="auto"),
@@ -162,12 +162,12 @@ def test_one_run_in_comfyui_and_on_the_command_line(server, tmp_path):
                 "texts": node("Lumina2CacheTextEmbeds", dataset=["data", 0], clip=["model", 1],
                               system_prompt="none", max_tokens=7, config=["config", 0]),
                 "train": node("TrainLumina2LoRA", model=["model", 0], latents=["latents", 0], embeds=["texts", 0],
-                              config=["config", 0], vae=["model", 2], run_name="", steps=1, learning_rate=1.0, rank=1,
-                              batch_size=1, seed=0, resume="continue"),
+                              config=["config", 0], run_name="", steps=1, learning_rate=1.0, rank=1,
+                              batch_size=1, seed=0, resume="continue", **others),
             }
         )  # fmt: skip
 
-    queue(file)
+    queue(file, vae=["model", 2])
     run = output / "lumina2-lora"
     by_node = losses(run)
     assert len(by_node) == 6
