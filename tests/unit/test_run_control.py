@@ -383,6 +383,33 @@ def test_a_pause_rests_within_a_drawing_and_other_commands_come_behind_it(run, u
     check_as_undisturbed(run, undisturbed)
 
 
+class Asked:
+    """Draws nothing of itself, and what it is asked for in three network calls."""
+
+    def due(self, step):
+        return False
+
+    def sample(self, moment, prompt):
+        for _ in range(3):
+            moment.tick()
+        return [Validated(moment.step, (Sample("samples/a.png", "a", prompt, 1),))]
+
+
+def test_what_is_asked_for_in_a_pause_is_drawn_in_it(run, undisturbed, monkeypatch):
+    control = Control()
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("the drawing waits for the pause to end"))
+
+    def on(event):
+        at(4, lambda: (control.pause(), control.sample("a cat")))(event)
+        if isinstance(event, Validated):
+            assert control.paused
+            control.resume()
+
+    run(on, control=control, validator=Asked())
+    assert [(event.step, event.samples[0].prompt) for event in kinds(run.heard, Validated)] == [(4, "a cat")]
+    check_as_undisturbed(run, undisturbed)
+
+
 def test_early_stopping_keeps_what_there_is(run, undisturbed):
     outcome = run(validator=Judge({2: 1.0, 5: 2.0}, stop=(5,)))
     assert (outcome.run.status, outcome.run.step) == ("stopped", 5)

@@ -51,7 +51,7 @@ class BetweenSteps:
         self.ledger, self.tell, self.control, self.validator = ledger, tell, control, validator
         self.first = state.step
         self.status, self.note = "finished", ""
-        self._ending = False
+        self._ending = self._paused = False
 
     def __call__(self) -> bool:
         step, steps = self.state.step, self.settings.steps
@@ -70,13 +70,18 @@ class BetweenSteps:
         return Moment(self.transformer, self.state, self.keeper.folder, self.state.step, lambda: self.look_up(doing))
 
     def look_up(self, doing: str) -> None:
-        """Before each network call of what may take long: what ends or pauses the run acts here, the rest behind it."""
+        """Before each network call of what may take long: what ends or pauses the run acts here, the rest behind it.
+
+        What is drawn while the run is paused was asked for meanwhile, and waits for nothing.
+        """
         together = self.state.shards is not None
         tick = self.tick if together else self._tick
         tick(doing)
         while heard := self._asked(together):
             if ENDING in heard:
                 raise _CutOffError
+            if self._paused:
+                break
             tick(PAUSED)
             time.sleep(LISTEN_EVERY_S)
 
@@ -132,10 +137,11 @@ class BetweenSteps:
             said = [to_line(command) for command in self.control.take()]
             said += [to_line(PAUSED)] if self.control.paused else []
             heard = [from_line(line) for line in self.processes.share(said)]
+            self._paused = PAUSED in heard
             for command in heard:
                 if command != PAUSED:
                     self.do(command)
-            if self._ending or PAUSED not in heard:
+            if self._ending or not self._paused:
                 break
             if not paused:
                 paused = True
