@@ -84,8 +84,9 @@ def test_workflows_of_earlier_versions_keep_their_values_in_the_right_widgets(se
             if not is_ours(node):
                 continue
             inputs = prompt[str(node["id"])]["inputs"]
+            wired = {each["name"] for each in node["inputs"] if each.get("link") is not None}
             for name, value in saved_values(node).items():
-                assert inputs[name] == value, f"{path.stem}: {node['type']}.{name}"
+                assert name in wired or inputs[name] == value, f"{path.stem}: {node['type']}.{name}"
                 checked.add((node["type"], name))
     assert len(checked) > 100
 
