@@ -184,7 +184,7 @@ def _further_widgets() -> list[Any]:
             min=0,
             max=2**64 - 1,
             control_after_generate=False,
-            tooltip="Decides everything that is random; the same seed trains the same LoRA.",
+            tooltip="Decides everything that is random; the same seed gives the same result.",
         ),
         io.Combo.Input(
             "resume",

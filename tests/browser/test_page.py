@@ -143,7 +143,7 @@ def test_the_page_speaks_chinese(open_page):
     page.evaluate("names => names.forEach(name => app.graph.add(LiteGraph.createNode(name)))", list(chinese))
     nodes = page.evaluate(
         """Object.fromEntries(app.graph._nodes.map(node => {
-            const parts = [...node.inputs, ...node.widgets ?? []]
+            const parts = [...node.inputs, ...node.outputs, ...node.widgets ?? []]
             return [node.type, {title: node.title, labels: parts.flatMap(p => [p.label, p.localized_name])}]
         }))"""
     )
@@ -151,5 +151,5 @@ def test_the_page_speaks_chinese(open_page):
         page.screenshot(path=f"{os.environ['LUMINA2_SHOTS']}/zh.png")
     for name, texts in chinese.items():
         assert nodes[name]["title"] == texts["display_name"]
-        for text in texts["inputs"].values():
+        for text in (*texts["inputs"].values(), *texts.get("outputs", {}).values()):
             assert text["name"] in nodes[name]["labels"], name

@@ -117,7 +117,7 @@ def _from_hub(name: str, places: Places, download: bool) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"pretrained_model_name_or_path is {name!r}, which is no folder here and not in the hub's cache "
-            f"({reason}). Download it (huggingface-cli download {name}), or name the folder that holds it."
+            f"({reason}). Download it (hf download {name}), or name the folder that holds it."
         ) from None
     return Path(found)
 

@@ -40,8 +40,10 @@ async function translateDefinitions(definitions) {
 }
 
 function translateNode(node) {
-  const inputs = texts[node.comfyClass]?.inputs ?? {};
+  const { inputs = {}, outputs = {} } = texts[node.comfyClass] ?? {};
   for (const input of node.inputs ?? []) input.localized_name = inputs[input.name]?.name ?? input.localized_name;
+  for (const [number, output] of (node.outputs ?? []).entries())
+    output.localized_name = outputs[number]?.name ?? output.localized_name;
   for (const widget of node.widgets ?? []) widget.label = inputs[widget.name]?.name ?? widget.label;
 }
 
