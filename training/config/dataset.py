@@ -160,11 +160,11 @@ class CaptionSettings:
     prepend_instance_prompt: bool = False
     only_instance_prompt: bool = False
     trigger_word: str = ""  # stands first in every caption that does not hold it already
-    trigger_class: str = ""  # what the base model reads for it where these pictures are regularisation data: "dog"
     disable_multiline_split: bool = False  # a text file is one caption, its lines joined by a space
     caption_shuffle: CaptionShuffle = CaptionShuffle()
     caption_filter_list: tuple[str, ...] = ()  # plain text or regex to take out, or s/regex/text/
     caption_dropout_probability: float | None = None  # of this dataset; None: the training's own
+    trigger_class: str = ""  # what the base model reads for the trigger where these pictures are regularisation data: "dog"
 
     def __post_init__(self) -> None:
         one_of("caption_strategy", self.caption_strategy, CAPTION_STRATEGIES)
