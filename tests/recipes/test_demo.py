@@ -62,8 +62,7 @@ def test_its_log_holds_no_complaint(demo):
     lines = text.splitlines()
     words = ("warning", "error", "traceback", "failed", "cannot", "not loaded", "deprecat")
     assert [line for line in lines if any(word in line.lower() for word in words)] == []
-    imports = next(line for line in lines if line.endswith("custom_nodes/lumina2-trainer"))
-    assert float(imports.split()[0]) <= 0.2
+    assert any(line.endswith("custom_nodes/lumina2-trainer") for line in lines)  # imported; how fast: test_server.py
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(demo):

@@ -164,7 +164,7 @@ class CaptionSettings:
     caption_shuffle: CaptionShuffle = CaptionShuffle()
     caption_filter_list: tuple[str, ...] = ()  # plain text or regex to take out, or s/regex/text/
     caption_dropout_probability: float | None = None  # of this dataset; None: the training's own
-    trigger_class: str = ""  # what the base model reads for the trigger where these pictures are regularisation data: "dog"
+    trigger_class: str = ""  # what the base model reads for the trigger, in regularisation data: "dog"
 
     def __post_init__(self) -> None:
         one_of("caption_strategy", self.caption_strategy, CAPTION_STRATEGIES)
