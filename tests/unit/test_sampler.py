@@ -64,6 +64,20 @@ def test_the_global_batches_are_the_same_for_any_number_of_processes(processes):
         assert taken == whole[step * 4 : step * 4 + 4]
 
 
+def test_a_batch_of_four_is_two_of_two_where_there_is_one_bucket():
+    some = [pool([0] * 12, 1), pool([3] * 8, start_epoch=9)]
+    twos = [rows for _, rows in drawn(Sampler(some, 2, 7), range(24))]
+    fours = [rows for _, rows in drawn(Sampler(some, 4, 7), range(12))]
+    assert fours == [first + second for first, second in zip(twos[::2], twos[1::2], strict=True)]
+
+
+def test_the_buckets_of_a_dataset_take_turns_at_random():
+    sampler = Sampler([pool([0] * 40 + [1] * 40)], 2, 7)
+    turns = [rows[0] >= 40 for _, rows in drawn(sampler, range(40))]
+    assert sum(turns) == 20
+    assert 10 < sum(a != b for a, b in zip(turns, turns[1:], strict=False)) < 30  # neither in a row nor one by one
+
+
 def test_an_epoch_sees_each_sample_as_often_as_asked_and_fills_short_batches_from_their_own_bucket():
     sampler = Sampler([pool([0] * 5 + [1] * 3, repeats=1)], 4, 7)
     assert sampler.steps_per_epoch == 3 + 2

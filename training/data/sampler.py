@@ -59,7 +59,9 @@ class Sampler:
     """Batches of one bucket of one dataset, without replacement; an epoch sees each sample ``repeats + 1`` times.
 
     In an epoch each dataset gives all its batches; which comes next is drawn by the datasets' weights among those
-    that have some left. The last batch of a bucket is filled from the bucket's own beginning.
+    that have some left. Within a dataset the buckets take turns at random, each going through its samples in one random
+    order: where there is one bucket, a batch of four is two batches of two. The last batch of a bucket is filled from
+    the bucket's own beginning.
 
     Args:
         weighting: ``auto-weighting`` multiplies each probability with the dataset's size, ``uniform`` does not.
@@ -196,8 +198,11 @@ class Sampler:
         for number, group in enumerate(self._groups[part]):
             order = np.random.default_rng([self.seed, part, round_, number + 1]).permutation(group)
             batches.append(np.resize(order, (-(-len(group) // self.batch_size), self.batch_size)))
-        stacked = np.concatenate(batches)
-        return stacked[np.random.default_rng([self.seed, part, round_, 0]).permutation(len(stacked))]
+        buckets = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
+        turns = np.random.default_rng([self.seed, part, round_, 0]).permutation(buckets)
+        drawn = np.empty((len(turns), self.batch_size), np.int32)
+        drawn[np.argsort(turns, kind="stable")] = np.concatenate(batches)
+        return drawn
 
 
 def _groups(pool: Pool) -> list[np.ndarray]:
