@@ -54,7 +54,6 @@ def load_model(folder: Path, dtype: str = "auto") -> comfy.model_patcher.ModelPa
     with torch.device("meta"):
         names = list(Lumina2Transformer(config).state_dict())
     weights = from_diffusers(_read_weights(folder / "transformer"), names)
-    weights["norm_final.weight"] = torch.ones(config.dim)  # ComfyUI has it, diffusers not; no forward uses it
 
     described = comfy.supported_models.Lumina2(_comfy_config(config))
     device = comfy.model_management.get_torch_device()
@@ -71,6 +70,8 @@ def load_model(folder: Path, dtype: str = "auto") -> comfy.model_patcher.ModelPa
     described.latent_format.shift_factor = vae.get("shift_factor") or 0.0
 
     model = described.get_model({})
+    if hasattr(model.diffusion_model, "norm_final"):  # older cores have it, and no forward uses it; diffusers has not
+        weights["norm_final.weight"] = torch.ones(config.dim)
     model.diffusion_model.load_state_dict(weights)
     offload = comfy.model_management.unet_offload_device()
     patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)

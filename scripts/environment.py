@@ -214,15 +214,15 @@ def build_environment(folder: Path, interpreter: Interpreter, cache: Path, forei
     run([*pip, *locked_versions, "-r", str(REQUIREMENTS)], "installing the plugin's needs and the tools", log)
 
     comfyui = foreign or fetch_comfyui(folder, cache)
-    needs = comfyui_needs((comfyui / "requirements.txt").read_text(encoding="utf-8"))
+    needs = comfyui_needs((comfyui / "requirements.txt").read_text(encoding="utf-8"), sound=bool(foreign))
     # Another ComfyUI names other versions than those that are locked.
     run([*pip, *([] if foreign else locked_versions), *needs], "installing ComfyUI's needs", log)
 
 
-def comfyui_needs(requirements: str) -> list[str]:
-    """The lines of ComfyUI's requirements, without torchaudio: no node of ours has to do with sound."""
+def comfyui_needs(requirements: str, sound: bool) -> list[str]:
+    """The lines of ComfyUI's requirements; torchaudio only for ``sound``, without which newer ones do not start."""
     lines = [line.split("#")[0].strip() for line in requirements.splitlines()]
-    return [line for line in lines if line and not line.startswith("torchaudio")]
+    return [line for line in lines if line and (sound or not line.startswith("torchaudio"))]
 
 
 def fetch_comfyui(environment: Path, cache: Path) -> Path:

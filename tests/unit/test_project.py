@@ -220,7 +220,8 @@ def test_a_comfyui_of_the_users_own_is_looked_at_first(tmp_path, monkeypatch):
 
 def test_sound_is_not_needed():
     text = "torch\ntorchaudio\naiohttp>=3.11.8\n\n#non essential dependencies:\nkornia>=0.7.1 # filters\n"
-    assert environment.comfyui_needs(text) == ["torch", "aiohttp>=3.11.8", "kornia>=0.7.1"]
+    assert environment.comfyui_needs(text, sound=False) == ["torch", "aiohttp>=3.11.8", "kornia>=0.7.1"]
+    assert "torchaudio" in environment.comfyui_needs(text, sound=True)
 
 
 def test_a_python_that_cannot_be_used_is_named(tmp_path, monkeypatch):
