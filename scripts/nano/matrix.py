@@ -40,6 +40,7 @@ RATES = {  # learning rates that suit each optimiser on nano: of an adapter, and
 }
 USUAL_RATES = (1e-2, 2e-4)
 STEPS, LONG_STEPS = 30, 150
+LOOK_STEPS = 10  # after so many the loss is looked at
 FALL = 0.03  # of the loss, by which a combination is known to learn
 LONG = ("prodigy", "adamw_schedulefree")  # they begin slowly
 PICTURES = 4
@@ -99,7 +100,7 @@ def losses(combination: Combination) -> tuple[float, float]:
         torch.manual_seed(step)
         loss_of(model, adapter, batch, settings).backward()
         take_step(state, settings)
-        if (step + 1) % STEPS == 0:
+        if (step + 1) % LOOK_STEPS == 0:
             after = _loss(model, state, batch, settings)
             if after <= (1 - FALL) * before:
                 break

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TITLE_PX, GAP_PX, MARGIN_PX, NOTE_PX = 30, 30, 20, 92
-WIDTH_PX = 330
+WIDTH_PX = 360  # what the widest node needs in the newest frontend
 TOP_PX = 80  # of the notes, below a group's own title
 COLORS = {"note": ("#432", "#653"), "positive": ("#232", "#353"), "negative": ("#322", "#533")}
 GROUP_COLORS = ("#3f789e", "#8A8", "#b58b2a", "#a1309b", "#b06634")

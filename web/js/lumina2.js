@@ -51,7 +51,7 @@ function hideWidgets(node) {
   for (const widget of node.widgets ?? []) {
     if (!HIDDEN_WIDGETS.includes(widget.name)) continue;
     widget.hidden = true;
-    widget.options = { ...widget.options, hidden: true };
+    (widget.options ??= {}).hidden = true; // in place: newer pages have taken the object already
     widget.computeSize = () => [0, -4]; // the gap that the layout puts behind each
   }
 }
