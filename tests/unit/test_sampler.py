@@ -1,6 +1,7 @@
 """Batches: a pure function of the seed and their number."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_the_buckets_of_a_dataset_take_turns_at_random():
     sampler = Sampler([pool([0] * 40 + [1] * 40)], 2, 7)
     turns = [rows[0] >= 40 for _, rows in drawn(sampler, range(40))]
     assert sum(turns) == 20
-    assert 10 < sum(a != b for a, b in zip(turns, turns[1:], strict=False)) < 30  # neither in a row nor one by one
+    assert 10 < sum(a != b for a, b in pairwise(turns)) < 30  # neither in a row nor one by one
 
 
 def test_an_epoch_sees_each_sample_as_often_as_asked_and_fills_short_batches_from_their_own_bucket():
