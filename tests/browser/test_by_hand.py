@@ -1,8 +1,10 @@
 """The five nodes of a training put on an empty canvas, wired and run with nothing but mouse and keyboard."""
 
+import contextlib
 import time
 
 from graphs import run_json
+from playwright.sync_api import TimeoutError as PageTimeoutError
 
 NODES = {  # as the search box finds them: their kinds, and where they are put
     "Load Lumina2 (Diffusers)": ("Lumina2LoadDiffusers", (300, 150)),
@@ -28,17 +30,17 @@ SLOT = """([kind, slot, isInput]) => {
     const box = app.canvas.canvas.getBoundingClientRect()
     return [box.left + place[0], box.top + place[1]]
 }"""
-LIMIT_MS = 60_000
+LIMIT_MS = 120_000
 
 
 def put(page, name, place):
     """Double click, type its name, Enter."""
     search = page.locator("input[role=combobox][placeholder$='...']")  # "Search Nodes...", or "Add a node..."
-    deadline = time.monotonic() + LIMIT_MS / 1000
-    while not search.count():  # a page that has just opened may not be listening yet
-        assert time.monotonic() < deadline
+    for patience_ms in (5_000, 10_000, LIMIT_MS):  # a page that has just opened may not be listening yet
         page.mouse.dblclick(*place)
-        page.wait_for_timeout(2000)
+        with contextlib.suppress(PageTimeoutError):
+            search.wait_for(timeout=patience_ms)
+            break
     search.fill(name)
     page.get_by_role("option").filter(has_text=name).first.wait_for(timeout=LIMIT_MS)
     page.keyboard.press("Enter")
