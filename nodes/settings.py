@@ -206,6 +206,12 @@ class Lumina2LyCORISSettings(io.ComfyNode):
                     optional=True,
                     tooltip="A file under models/loras to start from: of the same algo and sizes, with full of any.",
                 ),
+                io.Combo.Input(
+                    "lycoris_qkv",
+                    options=list(QKV),
+                    optional=True,
+                    tooltip="fused: one over query, key, value. split: one each, for diffusers; ComfyUI's file grows.",
+                ),
             ],
             outputs=[AdapterSocket.Output(display_name="adapter", tooltip="For the train node's adapter.")],
         )
@@ -220,9 +226,10 @@ class Lumina2LyCORISSettings(io.ComfyNode):
         multiplier: float,
         lycoris_config: str = "",
         init_lora: str = "",
+        lycoris_qkv: str = "fused",
     ) -> io.NodeOutput:
-        values = {"algo": algo, "linear_dim": linear_dim, "linear_alpha": linear_alpha, "multiplier": multiplier}
-        values |= {"factor": factor} if algo == "lokr" else {}
+        values: dict[str, Any] = {"algo": algo, "linear_dim": linear_dim, "linear_alpha": linear_alpha}
+        values |= {"multiplier": multiplier, "qkv": lycoris_qkv} | ({"factor": factor} if algo == "lokr" else {})
         settings = lycoris_from_json(values | json_object(lycoris_config))
         return io.NodeOutput(replace(settings, init_lora=_start(init_lora)))
 

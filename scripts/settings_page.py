@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from training.config.adapter import LyCORISSettings
 from training.config.settings import TrainSettings
 from training.config.simpletuner.imported import beside_defaults, own_kinds
 from training.config.simpletuner.table import BY_HAND, NO_EFFECT, OPTIONS, OWN_BLOCK, SECTIONS, UNSUPPORTED
@@ -38,7 +39,7 @@ _TEXTS = {
         "old": "earlier",
         "own": "What SimpleTuner has no option for",
         "own_intro": f"These stand beside the others, or in a block `{OWN_BLOCK}`, which SimpleTuner skips: so a file "
-        "stays one that both read. LyCORIS options are those of `lycoris_config`.",
+        "stays one that both read. All other LyCORIS options are those of `lycoris_config`.",
         "silent": "Known, without effect on Lumina2 here",
         "missing": "Not available here",
         "missing_intro": "The report says so where a file asks for one, and what to do instead.",
@@ -55,7 +56,7 @@ _TEXTS = {
         "old": "旧名",
         "own": "SimpleTuner 没有的选项",
         "own_intro": f"可与其他选项并列，或写在 `{OWN_BLOCK}` 块中；SimpleTuner 会跳过这个块，文件两边都能读。"
-        "LyCORIS 选项写在 `lycoris_config` 中。",
+        "其余 LyCORIS 选项写在 `lycoris_config` 中。",
         "silent": "已知，但对 Lumina2 不起作用",
         "missing": "在此不可用",
         "missing_intro": "文件用到时，报告会指出，并说明该怎么办（英文）。",
@@ -78,7 +79,8 @@ def page(language: str) -> str:
     """The whole page."""
     number = list(PAGES).index(language)
     said, texts = words(), _TEXTS[language]
-    ours = {**TrainSettings().written(), **beside_defaults()}
+    adapters = TrainSettings(adapter=LyCORISSettings()).written() | TrainSettings().written()
+    ours = {**adapters, **beside_defaults()}
     lines = [f"# {texts['title']}", "", texts["other"], "", f"<!-- {texts['made']} -->", "", texts["intro"], ""]
     head = ["| " + " | ".join(texts["columns"]) + " |", "|---|---|---|---|"]
     for section in SECTIONS:
@@ -103,9 +105,10 @@ def page(language: str) -> str:
 
 
 def own_names() -> list[str]:
-    """Settings of ours that no option of SimpleTuner's stands for, LyCORIS's left out."""
+    """Settings of ours that no option of SimpleTuner's stands for; those of ``lycoris_config`` are left out."""
     others = {option.ours for option in OPTIONS.values()} | set(OPTIONS)
-    return [name for name in own_kinds() if name not in others and not name.startswith("lycoris_")]
+    others |= {name for name in own_kinds() if name.startswith("lycoris_") and name != "lycoris_qkv"}
+    return [name for name in own_kinds() if name not in others]
 
 
 def _shown(value: Any, texts: dict[str, Any]) -> str:

@@ -73,10 +73,12 @@ def test_training_settings_are_trained_with(server):
     "adapter",
     [
         node("Lumina2LyCORISSettings", algo="lokr", linear_dim=10000, linear_alpha=1.0, factor=4, multiplier=1.0),
+        node("Lumina2LyCORISSettings", algo="lokr", linear_dim=10000, linear_alpha=1.0, factor=4, multiplier=1.0,
+             lycoris_qkv="split"),
         node("Lumina2LoRASettings", rank=4, alpha=0, dropout=0.1, targets="blocks", blocks="0-2", lora_qkv="split",
              init="pissa", use_dora=True),
     ],
-    ids=["lokr", "split dora"],
+    ids=["lokr", "split lokr", "split dora"],
 )  # fmt: skip
 def test_every_kind_of_adapter_draws_the_same_from_its_file(server, adapter, request):
     name = f"adapter {request.node.callspec.id}"

@@ -58,6 +58,15 @@ LYCORIS = {
     "boft": lycoris("boft"),
     "boft, held and rescaled": lycoris("boft", constraint=0.001, rescaled=True),
     "boft, half": lycoris("boft", multiplier=0.5),
+    "lokr, split": lycoris("lokr", 10000, factor=4, multiplier=0.5, qkv="split"),
+    "lokr, dora, split": lycoris("lokr", 1, factor=2, dora_wd=True, qkv="split"),
+    "loha, split": lycoris("loha", 2, multiplier=0.5, qkv="split"),
+    "dora by columns, split": lycoris("lora", dora_wd=True, wd_on_output=False, qkv="split"),
+    "full, split": lycoris("full", qkv="split"),
+    "ia3 on inputs, split": lycoris("ia3", train_on_input=True, qkv="split"),
+    "dylora, split": lycoris("dylora", block_size=3, qkv="split"),
+    "glora, split": lycoris("glora", qkv="split"),
+    "boft, split": lycoris("boft", qkv="split"),
 }
 
 
@@ -119,7 +128,7 @@ def test_comfyui_makes_of_the_file_what_the_engine_computes(settings, plugin, tm
     patched = in_comfyui(tensors, base)
     assert "not loaded" not in caplog.text
     assert "ERROR" not in caplog.text
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)}
+    layers = {n: layer for n, layer in model.named_modules() if isinstance(layer, AdaptedLinear) and ".own." not in n}
     assert layers.keys() == adapter.layers.keys()
     for name, layer in layers.items():
         weight, bias = in_engine(layer)
@@ -188,6 +197,24 @@ def test_dylora_of_full_rank_is_a_lora_of_alpha_over_rank():
     weight, _ = in_engine(adapter.layers[name])
     added = 0.5 * 2.5 / 6 * up @ down
     assert torch.allclose(weight - adapter.layers[name].base_layer.weight, added, atol=1e-5)
+
+
+def test_split_lycoris_layers_are_those_of_lycoris_itself_on_apart_layers():
+    """On three linear layers that hold the rows of q, k and v, as lycoris-lora puts them on diffusers' model."""
+    from lycoris.wrapper import network_module_dict
+
+    settings = lycoris("lokr", 10000, factor=4, qkv="split")
+    adapter = changed(add_adapter(transformer(), settings, 0))
+    layer = adapter.layers["layers.0.attention.qkv"]
+    x, weights = torch.randn(3, 48), layer.base_layer.weight.split(CONFIG.qkv_rows)
+    for part, weight, out in zip("qkv", weights, layer(x).split(CONFIG.qkv_rows, -1), strict=True):
+        linear = nn.Linear(48, len(weight), bias=False)
+        linear.weight.data.copy_(weight)
+        theirs = network_module_dict["lokr"](part, linear, 1.0, 10000, 2.5, factor=4)
+        theirs.apply_to()
+        own = {n.removeprefix("lokr."): w for n, w in layer.own[part].trained().items()}
+        assert theirs.load_state_dict(own, strict=False).unexpected_keys == []
+        assert (linear(x) - out).abs().max() < 1e-5 * out.abs().max(), part
 
 
 def test_lycoris_draws_from_the_seed_and_from_torch_alone():

@@ -479,6 +479,11 @@ LYCORIS = {
     "full": {},
     "diag-oft": {"linear_dim": 6},
     "loha dora": {"linear_dim": 3, "dora_wd": True},
+    "lokr split": {"linear_dim": 10000, "factor": 4, "multiplier": 0.5, "qkv": "split"},
+    "lokr split small": {"linear_dim": 1, "factor": 2, "qkv": "split"},
+    "loha split": {"linear_dim": 2, "qkv": "split"},
+    "lora split dora": {"linear_dim": 3, "dora_wd": True, "qkv": "split"},
+    "full split": {"qkv": "split"},
 }
 
 
@@ -557,11 +562,13 @@ def test_lycoris_files_that_fit_no_layer_are_told(tmp_path, options, said):
 
 
 @pytest.mark.parametrize(
-    "settings", [LORAS["fused"], LyCORISSettings(), LyCORISSettings(algo="ia3")], ids=["lora", "lokr", "ia3"]
+    "settings",
+    [LORAS["fused"], LyCORISSettings(), LyCORISSettings(algo="ia3"), LyCORISSettings(qkv="split")],
+    ids=["lora", "lokr", "ia3", "lokr split"],
 )
 def test_a_strength_multiplies_what_is_added_and_is_1_again_afterwards(settings):
     adapter = changed(add_adapter(transformer(), settings, seed=0))
-    layer = adapter.layers["layers.0.attention.out"]
+    layer = adapter.layers["layers.0.attention.qkv"]
     whole = added(layer)
     with adapter.at(-0.5):
         turned = added(layer)

@@ -409,7 +409,7 @@ loras = some(
     use_dora=st.booleans(), loraplus_lr_ratio=numbers(0.5, 16),
 ).map(lambda values: LoRASettings(**values))  # fmt: skip
 lycoris = st.sampled_from(
-    [LyCORISSettings(), LyCORISSettings("loha", linear_dim=8, dropout=0.1),
+    [LyCORISSettings(), LyCORISSettings("loha", linear_dim=8, dropout=0.1, qkv="split"),
      LyCORISSettings("lokr", full_matrix=True, init_lokr_norm=0.001, apply_preset=LOKR["apply_preset"])]
 )  # fmt: skip
 objectives = some(
@@ -441,7 +441,8 @@ runs = some(
     optimizer=optimisers, precision=precisions, disable_bucket_pruning=st.booleans(),
     checkpoint_step_interval=st.integers(1, 1000), checkpoints_total_limit=st.integers(1, 9),
 )  # fmt: skip
-names = st.text(string.ascii_letters + "- _", min_size=1, max_size=12).map(str.strip).filter(bool)
+nothing = ("", "None", "null")  # as SimpleTuner writes them
+names = st.text(string.ascii_letters + "- _", min_size=1, max_size=12).map(str.strip).filter(lambda n: n not in nothing)
 
 
 @settings(max_examples=100, deadline=None, phases=(Phase.explicit, Phase.generate))

@@ -79,22 +79,46 @@ def load_weights(here: Mapping[str, Tensor], saved: Mapping[str, Tensor], source
             tensor.copy_(saved[name])
 
 
+class Rows:
+    """Some rows of a frozen layer, as what is trained beside them sees it."""
+
+    def __init__(self, whole: AdaptedLinear, rows: slice) -> None:
+        self.whole, self.rows = whole, rows
+        self.in_features: int = whole.in_features
+        self.out_features: int = rows.stop - rows.start
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.whole.base_layer(x)[..., self.rows]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.whole.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.whole.bias is None else self.whole.bias[self.rows]
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        return self.whole.base_layer.read(dtype)[self.rows]
+
+
 class AdaptedLinear(nn.Module):
     """A frozen linear layer and what is trained beside it.
 
     Attributes:
-        base_layer: the layer as it was.
+        base_layer: the layer as it was, or the rows of it that this is about.
         on: False: it computes what the base layer does.
         strength: what is added to the base is multiplied with it.
     """
 
-    base_layer: Linear
+    base_layer: Linear | Rows
 
-    def __init__(self, base: Linear) -> None:
+    def __init__(self, base: Linear | Rows) -> None:
         super().__init__()
         self.base_layer = base
         self.on, self.strength = True, 1.0
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features: int = base.in_features
+        self.out_features: int = base.out_features
 
     @property
     def weight(self) -> Tensor:
@@ -103,6 +127,9 @@ class AdaptedLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
+
+    def act_at(self, strength: float) -> None:
+        self.strength = strength
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by the names they have behind the module's."""
@@ -131,12 +158,12 @@ class LayerAdapter(Adapter):
     @contextmanager
     def at(self, strength: float) -> Iterator[None]:
         for layer in self.layers.values():
-            layer.strength = strength
+            layer.act_at(strength)
         try:
             yield
         finally:
             for layer in self.layers.values():
-                layer.strength = 1.0
+                layer.act_at(1.0)
 
     def off(self) -> AbstractContextManager[None]:
         return switched_off(self.layers.values())
@@ -179,7 +206,7 @@ def put_layer(model: nn.Module, name: str, layer: nn.Module | nn.Parameter) -> N
     setattr(model.get_submodule(parent), leaf, layer)
 
 
-def dense_weight(base: Linear) -> Tensor:
+def dense_weight(base: Linear | Rows) -> Tensor:
     """What a layer multiplies with, (out, in) in fp32, however it is stored; good until the next one is read."""
     return base.read(torch.float32).detach()
 

@@ -45,6 +45,8 @@ class LoRALinear(AdaptedLinear):
         from_base: what the pairs say is taken off again, so that the layer starts as the base.
     """
 
+    base_layer: Linear
+
     def __init__(
         self,
         base: Linear,

@@ -3,6 +3,8 @@
 Its own network class is not used: it rounds what is added to the base's dtype, needs that to be the input's, keeps its
 targets in class attributes and patches ``forward``. Here each layer is a module like any other.
 
+Over the fused weight of q, k and v stands one layer, or split one for each as on diffusers' model: ``SplitLinear``.
+
 Sources: Yeh et al. 2023, "LyCORIS" (arXiv 2309.14859); Liu et al. 2022, "(IA)³" (arXiv 2205.05638); Valipour et al.
 2022, "DyLoRA" (arXiv 2210.07558); Chavan et al. 2023, "GLoRA" (arXiv 2306.07967); Qiu et al. 2023, "OFT"
 (arXiv 2306.07280); Liu et al. 2023, "BOFT" (arXiv 2311.06243).
@@ -12,7 +14,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,8 +27,14 @@ from ..config.adapter import LyCORISSettings
 from ..errors import SettingError
 from ..model.linear import Linear
 from ..model.transformer import Lumina2Transformer
-from .base import AdaptedLinear, LayerAdapter, dense_weight, put_layer, with_gain
+from .base import AdaptedLinear, LayerAdapter, Rows, dense_weight, put_layer, with_gain
+from .formats.fuse import join_layers
+from .formats.layers import FUSED, PARTS, Layer, change
+from .formats.read import layer_of
+from .formats.write import comfyui_parts
 from .targets import linear_layers, lycoris_targets
+
+Product = Callable[[Tensor], Tensor]  # what a frozen layer computes
 
 
 class LyCORISLinear(AdaptedLinear):
@@ -34,7 +44,7 @@ class LyCORISLinear(AdaptedLinear):
         lycoris: lycoris-lora's module; only its weights and products are used.
     """
 
-    def __init__(self, base: Linear, lycoris: nn.Module, settings: LyCORISSettings) -> None:
+    def __init__(self, base: Linear | Rows, lycoris: nn.Module, settings: LyCORISSettings) -> None:
         super().__init__(base)
         self.lycoris: Any = lycoris
         self.settings = settings
@@ -47,22 +57,23 @@ class LyCORISLinear(AdaptedLinear):
         return {f"{self.settings.algo}.{name}": weight for name, weight in self.lycoris.named_parameters()}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.on:
-            return self.base_layer(x)
+        return self.beside(x, self.base_layer) if self.on else self.base_layer(x)
+
+    def beside(self, x: Tensor, base: Product) -> Tensor:
+        """The layer's output; ``base`` computes what the base layer does."""
         if not self.settings.module_dropout or not self.training:
-            return self.adapted(x)
+            return self.adapted(x, base)
         left_out = torch.rand(()) < self.settings.module_dropout
         if torch.compiler.is_compiling():  # whose graph cannot go two ways
-            return torch.where(left_out.to(x.device), self.base_layer(x), self.adapted(x))
-        return self.base_layer(x) if left_out else self.adapted(x)
+            return torch.where(left_out.to(x.device), base(x), self.adapted(x, base))
+        return base(x) if left_out else self.adapted(x, base)
 
-    def adapted(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, base: Product) -> Tensor:
         """The layer's output with the adapter in it."""
         raise NotImplementedError
 
-    def _product(self, x: Tensor) -> Tensor:
-        """The base's output without its bias, which no rotation or gain acts on."""
-        out = self.base_layer(x)
+    def _without_bias(self, out: Tensor) -> Tensor:
+        """The base's output as rotations and gains act on it."""
         return out if self.bias is None else out - self.bias.to(out.dtype)
 
     def _with_bias(self, out: Tensor) -> Tensor:
@@ -72,16 +83,16 @@ class LyCORISLinear(AdaptedLinear):
 class Added(LyCORISLinear):
     """lora, loha, lokr: what is added to the weight is a product of small matrices; with DoRA where asked for."""
 
-    def adapted(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, base: Product) -> Tensor:
         beside = self.lycoris.bypass_forward_diff(x, scale=1 if self.lycoris.wd else self.multiplier)
-        out = self.base_layer(x) + beside.to(x.dtype)
+        out = base(x) + beside.to(x.dtype)
         if not self.lycoris.wd:
             return out
         gain = self._gain()
         if self.settings.wd_on_output:
             return with_gain(out, gain[:, 0], self.bias)
         scaled = x * gain[0].to(x.dtype)
-        return self.base_layer(scaled) + self.lycoris.bypass_forward_diff(scaled, scale=1).to(x.dtype)
+        return base(scaled) + self.lycoris.bypass_forward_diff(scaled, scale=1).to(x.dtype)
 
     def _factor(self) -> Tensor:
         """What the product of the matrices is multiplied with, the multiplier apart."""
@@ -140,10 +151,10 @@ class DyLoRA(LyCORISLinear):
         down = torch.where((block == last)[:, None], down, down.detach())
         return down, torch.where(block == last, up, up.detach()) * (block <= last) * scale
 
-    def adapted(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, base: Product) -> Tensor:
         count = len(self.lycoris.down_list)
         down, up = self._factors(torch.randint(count, ()).to(x.device) if self.training else count - 1)
-        return self.base_layer(x) + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+        return base(x) + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
     def parts(self) -> dict[str, Tensor]:
         down, up = self._factors(len(self.lycoris.down_list) - 1)
@@ -159,10 +170,10 @@ class GLoRA(LyCORISLinear):
         factor = self.lycoris.scale * self.lycoris.scalar * self.multiplier
         return own | {name: own[name] * factor for name in ("a1", "b1")}
 
-    def adapted(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, base: Product) -> Tensor:
         own, drop = {name: weight.to(x.dtype) for name, weight in self._weights().items()}, self.lycoris.drop
         seen = x + drop(F.linear(F.linear(x, own["a2"]), own["a1"]))
-        return self.base_layer(seen) + drop(F.linear(F.linear(x, own["b2"]), own["b1"]))
+        return base(seen) + drop(F.linear(F.linear(x, own["b2"]), own["b1"]))
 
     def parts(self) -> dict[str, Tensor]:
         own = self._weights()
@@ -175,9 +186,9 @@ class GLoRA(LyCORISLinear):
 class Difference(LyCORISLinear):
     """full: every element of the weight, and of the bias, has its own difference."""
 
-    def adapted(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, base: Product) -> Tensor:
         own = {n: (w * self.multiplier).to(x.dtype) for n, w in self.lycoris.named_parameters()}
-        return self.base_layer(x) + F.linear(x, own["weight"], own.get("bias"))
+        return base(x) + F.linear(x, own["weight"], own.get("bias"))
 
     def parts(self) -> dict[str, Tensor]:
         names = {"weight": "diff", "bias": "diff_b"}
@@ -187,11 +198,11 @@ class Difference(LyCORISLinear):
 class IA3(LyCORISLinear):
     """One gain for each row of the weight, or each column; the bias stays as it is."""
 
-    def adapted(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, base: Product) -> Tensor:
         gain = 1 + self.multiplier * self.lycoris.weight
         if self.settings.train_on_input:
-            return self.base_layer(x * gain.to(x.dtype))
-        return with_gain(self.base_layer(x), gain, self.bias)
+            return base(x * gain.to(x.dtype))
+        return with_gain(base(x), gain, self.bias)
 
     def parts(self) -> dict[str, Tensor]:
         more = self.lycoris.weight.float() * self.multiplier
@@ -213,8 +224,8 @@ class Rotated(LyCORISLinear):
             change = diag_oft.bypass_forward_diff(out, out, blocks, rescale, constraint=constraint) * self.multiplier
         return change.to(dtype)
 
-    def adapted(self, x: Tensor) -> Tensor:
-        out = self._product(x)
+    def adapted(self, x: Tensor, base: Product) -> Tensor:
+        out = self._without_bias(base(x))
         return self._with_bias(out + self._turned_less(out.float(), out.dtype))
 
     def parts(self) -> dict[str, Tensor]:
@@ -242,12 +253,62 @@ _LAYERS: dict[str, type[LyCORISLinear]] = {
 }
 
 
+class SplitLinear(AdaptedLinear):
+    """A layer of its own for each of q, k and v, the rows of one frozen weight, whose product is computed once.
+
+    Attributes:
+        own: the layers, by "q", "k" and "v"; each stands on its ``Rows``.
+    """
+
+    base_layer: Linear
+    own: Mapping[str, LyCORISLinear]
+
+    def __init__(
+        self, base: Linear, rows: Sequence[int], settings: LyCORISSettings, make: Callable[[Rows], LyCORISLinear]
+    ) -> None:
+        super().__init__(base)
+        self.settings, self.sizes = settings, list(rows)
+        ends = accumulate(rows)
+        parts = {part: Rows(self, slice(end - n, end)) for part, n, end in zip(PARTS, rows, ends, strict=True)}
+        self.own = nn.ModuleDict({part: make(own) for part, own in parts.items()})  # type: ignore[assignment]
+
+    def act_at(self, strength: float) -> None:
+        super().act_at(strength)
+        for layer in self.own.values():
+            layer.act_at(strength)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {f"{part}.{name}": w for part, layer in self.own.items() for name, w in layer.trained().items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.base_layer(x)
+        if not self.on:
+            return whole
+
+        def base(rows: LyCORISLinear, out: Tensor) -> Product:  # of another input it has to be computed anew
+            return lambda seen: out if seen is x else rows.base_layer(seen)
+
+        shares = zip(self.own.values(), whole.split(self.sizes, -1), strict=True)
+        return torch.cat([layer.beside(x, base(layer, out)) for layer, out in shares], -1)
+
+    def parts(self) -> dict[str, Tensor]:
+        """One layer over all rows where its kind can be that, else the exact difference."""
+        layers = {part: layer_of(layer.parts()) for part, layer in self.own.items()}
+        whole = join_layers(layers, self.sizes)
+        if whole is None:
+            rows = {part: partial(layer.base_layer.read, torch.float32) for part, layer in self.own.items()}
+            whole = Layer("diff", {"diff": torch.cat([change(layer, rows[part]) for part, layer in layers.items()])})
+        return comfyui_parts(whole)
+
+
 class LyCORIS(LayerAdapter):
     """LyCORIS layers on the transformer."""
 
-    layers: dict[str, LyCORISLinear]  # type: ignore[assignment]
+    layers: dict[str, LyCORISLinear | SplitLinear]  # type: ignore[assignment]
 
-    def __init__(self, layers: Mapping[str, LyCORISLinear], settings: LyCORISSettings, note: str = "") -> None:
+    def __init__(
+        self, layers: Mapping[str, LyCORISLinear | SplitLinear], settings: LyCORISSettings, note: str = ""
+    ) -> None:
         super().__init__(layers)
         self.settings, self.note = settings, note
         each = [layer.settings for layer in layers.values()]
@@ -268,24 +329,31 @@ class LyCORIS(LayerAdapter):
 
 def add_lycoris_layers(
     transformer: Lumina2Transformer, settings: LyCORISSettings, seed: int, dtype: torch.dtype = torch.float32
-) -> dict[str, LyCORISLinear]:
+) -> dict[str, LyCORISLinear | SplitLinear]:
     """Put fresh LyCORIS layers in the place of the targets; initial values are drawn on the CPU.
 
     Raises:
         SettingError: nothing is chosen, or an option does not fit a layer.
     """
-    linear, layers = linear_layers(transformer), {}
+    linear, layers = linear_layers(transformer), dict[str, LyCORISLinear | SplitLinear]()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed % 2**63)
         for name, options in lycoris_targets(transformer, settings).items():
-            base = linear[name]
-            made = _lycoris_module(name, base, options).to(base.weight.device, dtype)
-            layers[name] = _LAYERS[options.algo](base, made, options)
+            fresh = partial(_fresh, name, options=options, dtype=dtype)
+            if options.qkv == "split" and name.endswith(FUSED):
+                layers[name] = SplitLinear(linear[name], transformer.config.qkv_rows, options, fresh)
+            else:
+                layers[name] = fresh(linear[name])
             put_layer(transformer, name, layers[name])
     return layers
 
 
-def _lycoris_module(name: str, base: Linear, settings: LyCORISSettings) -> nn.Module:
+def _fresh(name: str, base: Linear | Rows, options: LyCORISSettings, dtype: torch.dtype) -> LyCORISLinear:
+    made = _lycoris_module(name, base, options).to(base.weight.device, dtype)
+    return _LAYERS[options.algo](base, made, options)
+
+
+def _lycoris_module(name: str, base: Linear | Rows, settings: LyCORISSettings) -> nn.Module:
     """lycoris-lora's module for a layer of this size, in fp32 on the CPU, holding no weight of the base."""
     try:
         from lycoris.wrapper import network_module_dict  # type: ignore[import-untyped]

@@ -16,11 +16,12 @@ from ..errors import ModelError
 from ..model.transformer import Lumina2Transformer
 from .base import AdaptedLinear, dense_weight
 from .formats.fuse import join_layers, split_layer
-from .formats.layers import PARTS, Adapters, Layer, Weights, with_lengths
+from .formats.kronecker import as_lokr
+from .formats.layers import PARTS, Adapters, Layer, Weights, change, no_base, with_lengths
 from .formats.low_rank import lost, of_matrix
 from .formats.read import read_adapters
 from .lora import Pair
-from .lycoris import LyCORISLinear
+from .lycoris import LyCORISLinear, SplitLinear
 from .targets import linear_layers, target_modules
 
 _KINDS = {name: name for name in ("lora", "loha", "lokr", "glora")}  # of a file's layer, by algo
@@ -80,7 +81,9 @@ def read_start(path: Path, transformer: Lumina2Transformer, settings: LoRASettin
     return Start(layers, lengths, rank, f"started from {path.name}: {_with_notes(note, adapters)}")
 
 
-def start_lycoris(path: Path, transformer: Lumina2Transformer, layers: Mapping[str, LyCORISLinear]) -> str:
+def start_lycoris(
+    path: Path, transformer: Lumina2Transformer, layers: Mapping[str, LyCORISLinear | SplitLinear]
+) -> str:
     """Fill LyCORIS layers, which are in the transformer, with what a file adds, exactly.
 
     The algorithm ``full`` takes every file; another takes what is of its own kind and size.
@@ -94,30 +97,48 @@ def start_lycoris(path: Path, transformer: Lumina2Transformer, layers: Mapping[s
     adapters, base = _read(path, transformer), _weights(transformer)
     _check_trained(path, adapters, list(layers))
     for module, parts in adapters.modules.items():
-        layer = layers[module]
-        whole = parts[""] if "" in parts else join_layers(parts, adapters.config.qkv_rows)
+        layer, rows = layers[module], adapters.config.qkv_rows
         if layer.settings.algo == "full":
-            bias = whole.bias if whole else None
-            whole = Layer("diff", {"diff": adapters.delta(module, base)}, bias=bias)
-        elif whole is not None:
-            whole = with_lengths(whole, lambda module=module: base(module))  # type: ignore[misc]
+            biases = [part.bias for part in parts.values()]
+            parts = {"": Layer("diff", {"diff": adapters.delta(module, base)}, bias=biases[0] if "" in parts else None)}
+        if isinstance(layer, SplitLinear):
+            apart = (split_layer(parts[""], rows) or {}) if "" in parts else parts
+            if not apart:
+                raise _another_kind(path, layer, module, "one over query, key and value")
+            for part, own in layer.own.items():
+                if part in apart:
+                    _fill(own, apart[part], f"{module}, {part},", path)
+            continue
+        whole = parts[""] if "" in parts else join_layers(parts, rows)
+        if whole is None:
+            raise _another_kind(path, layer, module, "apart for query, key and value")
         _fill(layer, whole, module, path)
     return "; ".join((f"started from {path.name}", *adapters.notes))
 
 
+def _where(path: Path, layer: LyCORISLinear | SplitLinear, module: str) -> str:
+    return f"init_lora: {path} cannot be the start of {layer.settings.algo} on {module}: "
+
+
+def _another_kind(path: Path, layer: LyCORISLinear | SplitLinear, module: str, kind: str) -> ModelError:
+    where = _where(path, layer, module)
+    return ModelError(f'{where}it is {kind} there. Choose that algo, or "full", which takes every file.')
+
+
 @torch.no_grad()
-def _fill(layer: LyCORISLinear, found: Layer | None, module: str, path: Path) -> None:
-    settings = layer.settings
-    where = f"init_lora: {path} cannot be the start of {settings.algo} on {module}: "
-    if settings.algo not in _KINDS or found is None or found.kind != _KINDS[settings.algo]:
-        kind = found.kind if found else "apart for query, key and value"
-        raise ModelError(f'{where}it is {kind} there. Choose that algo, or "full", which takes every file.')
+def _fill(layer: LyCORISLinear, found: Layer, module: str, path: Path) -> None:
+    settings, where = layer.settings, _where(path, layer, module)
+    own = dict(layer.lycoris.named_parameters())
+    found = with_lengths(found, lambda: dense_weight(layer.base_layer))
+    if settings.algo == "lokr":
+        found = _as_lokr(found, own)
+    if settings.algo not in _KINDS or found.kind != _KINDS[settings.algo]:
+        raise _another_kind(path, layer, module, found.kind)
     if found.dora != settings.dora_wd or (found.dora and found.by_columns == settings.wd_on_output):
         told = "without" if not found.dora else "by columns with" if found.by_columns else "by rows with"
         raise ModelError(f"{where}it is {told} DoRA there. Set dora_wd and wd_on_output so.")
     if found.dora and settings.multiplier != 1:
         raise ModelError(f"{where}DoRA's lengths hold at full strength. Set multiplier to 1.")
-    own = dict(layer.lycoris.named_parameters())
     if "scalar" in own:
         own["scalar"].fill_(1)
     factor = settings.multiplier * float(getattr(layer.lycoris, "scale", 1.0))
@@ -134,6 +155,27 @@ def _fill(layer: LyCORISLinear, found: Layer | None, module: str, path: Path) ->
         raise ModelError(f"{where}it has {sizes} there. Set linear_dim, factor and the like to those of the file.")
     for name, tensor in given.items():
         own[name].copy_(tensor)
+
+
+def _as_lokr(found: Layer, own: Mapping[str, Tensor]) -> Layer:
+    """What was trained for q, k and v apart and written over all of them is a LoKr again, in the factors of ``own``."""
+    if found.kind not in ("diff", "lora") or found.dora or found.bias is not None:
+        return found
+    shape = own["lokr_w1"].shape if "lokr_w1" in own else (len(own["lokr_w1_a"]), own["lokr_w1_b"].shape[1])
+    made = as_lokr(change(found, lambda: no_base("")), (shape[0], shape[1]))
+    if made is None:
+        return found
+    factors = {}
+    for name, whole in made.factors.items():
+        if name in own:
+            factors[name] = whole
+        else:
+            a, b = of_matrix(whole, own[f"{name}_b"].shape[0])
+            out, of = lost(whole, a, b)
+            if out > 1e-10 * of:
+                return found
+            factors |= {f"{name}_a": b, f"{name}_b": a}
+    return Layer("lokr", factors)
 
 
 def _read(path: Path, transformer: Lumina2Transformer) -> Adapters:

@@ -193,12 +193,13 @@ class LyCORISSettings:
     constraint: float = 0.0
     rescaled: bool = False
     init_lokr_norm: float = 0.0  # 0: off; else w1 = 1 and w2 like the base weight, times this (about 0.001)
+    qkv: str = "fused"  # one adapter over the rows of q, k and v, or one for each
     apply_preset: dict[str, Any] = field(default_factory=dict)
     init_lora: str = ""  # a file to start from: with algo full any, else one of the same algo and sizes
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if each.name not in ("algo", "apply_preset", "init_lora"):
+            if each.name not in ("algo", "qkv", "apply_preset", "init_lora"):
                 object.__setattr__(self, each.name, _typed(each.name, str(each.type), getattr(self, each.name)))
         object.__setattr__(self, "algo", str(self.algo).lower())
         if self.algo not in ALGOS:
@@ -211,6 +212,7 @@ class LyCORISSettings:
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "choose at least 0 and less than 1")
         require(self.constraint >= 0, "constraint", self.constraint, "choose at least 0")
         require(self.init_lokr_norm >= 0, "init_lokr_norm", self.init_lokr_norm, "choose at least 0")
+        require(self.qkv in QKV, "lycoris_qkv", self.qkv, f"choose one of {', '.join(QKV)}")
         for name, algos in _ONLY_FOR.items():
             if getattr(self, name) and self.algo not in algos:
                 raise SettingError(
@@ -254,16 +256,15 @@ class LyCORISSettings:
     def with_options(self, override: Mapping[str, Any]) -> LyCORISSettings:
         """These settings with other options, as a ``module_algo_map`` gives them.
 
-        An algorithm of its own starts from that algorithm's defaults, but for the size.
+        An algorithm of its own starts from that algorithm's defaults, but for the size and the way of q, k and v.
         """
         if not override:
             return self
         options = _known_options(override, "an apply_preset map")
         start = replace(self, apply_preset={})
         if options.get("algo", self.algo) != self.algo:
-            start = LyCORISSettings(
-                algo="lora", multiplier=self.multiplier, linear_dim=self.linear_dim, linear_alpha=self.linear_alpha
-            )
+            kept = ("multiplier", "linear_dim", "linear_alpha", "qkv")
+            start = LyCORISSettings(algo="lora", **{name: getattr(self, name) for name in kept})
         return replace(start, **options)
 
     def as_json(self) -> dict[str, Any]:

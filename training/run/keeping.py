@@ -82,7 +82,7 @@ class Keeper:
     def checkpoint(self, state: TrainState, lora: tuple[dict[str, Tensor], dict[str, str]] | None = None) -> None:
         """Raises RunError where the disk is full; the checkpoints before are whole then."""
         tensors, metadata = (None, {}) if self.full else lora or self.exported(state)
-        self.check_space(state)
+        self.check_space(state, sum(tensor.nbytes for tensor in (tensors or {}).values()))
         with self._disk_full(state):
             saved = save_checkpoint(self.folder, self.run.identity, state, tensors, metadata, self.processes)
         self.processes.lead(lambda: remove_old_checkpoints(self.folder, self.settings.checkpoints_total_limit))
@@ -128,15 +128,19 @@ class Keeper:
     def set_learning_rate(self, rate: float) -> None:
         self._save(replace(self.run, learning_rate=rate))
 
-    def check_space(self, state: TrainState) -> None:
-        """Raises RunError where the disk has no room for one more checkpoint of this run."""
-        self.processes.lead(lambda: self._check_space(state))
+    def check_space(self, state: TrainState, exported: int = 0) -> None:
+        """Raises RunError where the disk has no room for one more checkpoint of this run.
 
-    def _check_space(self, state: TrainState) -> None:
+        Args:
+            exported: bytes of the file for ComfyUI in it; where they are not known yet, as many as are trained.
+        """
+        self.processes.lead(lambda: self._check_space(state, exported))
+
+    def _check_space(self, state: TrainState, exported: int) -> None:
         tensors, _ = optimizer_tensors(state.optimizer)
         weights = {**state.adapter.weights, **state.adapter.frozen}
         one = sum(weight.numel() * weight.element_size() for weight in weights.values())
-        needed = sum(tensor.nbytes for tensor in tensors.values()) + one * (1 if self.full else 2)
+        needed = sum(tensor.nbytes for tensor in tensors.values()) + one + (0 if self.full else exported or one)
         needed += sum(average.nbytes for average in state.ema.state().values()) if state.ema else 0
         needed *= self.processes.count if state.shards else 1
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .layers import PARTS, Layer
+from .layers import PARTS, Layer, whole_factor
 
 
 def split_layer(layer: Layer, rows: Sequence[int]) -> dict[str, Layer] | None:
     """Layers of q, k and v that add what one over all of them does; None: its kind cannot.
 
-    A LoRA's parts share A; of B's columns each part keeps those that do not serve another part alone.
+    A LoRA's parts share A; of B's columns each part keeps those that do not serve another part alone. So do a LoHa's.
     """
     factors = None if layer.by_columns else _split_factors(layer, rows)
     if factors is None:
@@ -31,15 +31,11 @@ def split_layer(layer: Layer, rows: Sequence[int]) -> dict[str, Layer] | None:
 def _split_factors(layer: Layer, rows: Sequence[int]) -> list[dict[str, Tensor]] | None:
     f, sizes = layer.factors, list(rows)
     if layer.kind == "lora":
-        used = torch.stack([b.abs().amax(0) > 0 for b in f["B"].split(sizes)])
-        pieces = []
-        for n, b in enumerate(f["B"].split(sizes)):
-            kept = used[n] | ~used.any(0)
-            kept = kept if kept.any() else torch.arange(len(kept)) == 0
-            pieces.append({"A": f["A"][kept].clone(), "B": b[:, kept].clone()})
-        return pieces
+        return _unstacked(f, "A", "B", sizes)
+    if layer.kind == "loha":
+        both = (_unstacked(f, f"hada_w{n}_b", f"hada_w{n}_a", sizes) for n in "12")
+        return [one | other for one, other in zip(*both, strict=True)]
     by_row = {
-        "loha": ("hada_w1_a", "hada_w2_a"),
         "glora": ("b1",),
         "diff": ("diff",),
         "ia3": ("weight",) if layer.kind == "ia3" and f["weight"].shape[0] > 1 else (),
@@ -60,10 +56,26 @@ def _split_factors(layer: Layer, rows: Sequence[int]) -> list[dict[str, Tensor]]
     return [{k: (t.split(sizes)[n] if k in by_row else t).clone() for k, t in f.items()} for n in range(len(PARTS))]
 
 
-def join_layers(parts: Mapping[str, Layer], rows: Sequence[int]) -> Layer | None:
-    """One layer that adds what those of q, k and v do, nothing where a part has none; None: their kinds cannot.
+def _unstacked(f: Mapping[str, Tensor], inner: str, outer: str, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+    """The product ``outer @ inner`` of the rows of each part; see ``_stacked``."""
+    parts = f[outer].split(list(sizes))
+    used = torch.stack([part.abs().amax(0) > 0 for part in parts])
+    pieces = []
+    for n, part in enumerate(parts):
+        kept = used[n] | ~used.any(0)
+        kept = kept if kept.any() else torch.arange(len(kept)) == 0
+        pieces.append({inner: f[inner][kept].clone(), outer: part[:, kept].clone()})
+    return pieces
 
-    LoRAs that share A stay at its rank; else A is stacked and B set along a diagonal, and the ranks add up.
+
+def join_layers(parts: Mapping[str, Layer], rows: Sequence[int]) -> Layer | None:
+    """One layer that adds what those of q, k and v do, nothing where a part has none.
+
+    LoRAs that share A stay at its rank; else A is stacked and B set along a diagonal, and the ranks add up; so do the
+    two products of a LoHa. A LoKr becomes the LoRA that it is.
+
+    Returns:
+        None where their kinds cannot be joined, or a LoHa or LoKr would be larger than the difference of the weight.
     """
     some = next(iter(parts.values()))
     kinds, doras = {layer.kind for layer in parts.values()}, {layer.dora for layer in parts.values()}
@@ -71,30 +83,77 @@ def join_layers(parts: Mapping[str, Layer], rows: Sequence[int]) -> Layer | None
         return None
     if some.dora and len(parts) < len(PARTS):
         return None
-    if some.kind == "lora":
-        factors = _join_loras(parts, rows)
-    elif some.kind == "diff":
-        width = some.factors["diff"].shape[1]
-        zero = {part: torch.zeros(size, width) for part, size in zip(PARTS, rows, strict=True)}
-        factors = {"diff": torch.cat([parts[p].factors["diff"] if p in parts else zero[p] for p in PARTS])}
-    else:
+    kind, factors = _joined(some.kind, {part: layer.factors for part, layer in parts.items()}, rows)
+    if not factors:
         return None
     magnitude = [parts[p].magnitude for p in PARTS if p in parts]
     scale = [parts[p].comfyui_scale for p in PARTS if p in parts]
     if some.dora and not (all(m is not None for m in magnitude) or all(s is not None for s in scale)):
         return None
-    return Layer(some.kind, factors, _whole(magnitude), _whole(scale))
+    return Layer(kind, factors, _whole(magnitude), _whole(scale))
 
 
-def _join_loras(parts: Mapping[str, Layer], rows: Sequence[int]) -> dict[str, Tensor]:
-    first = next(iter(parts.values())).factors["A"]
-    if all(torch.equal(layer.factors["A"], first) for layer in parts.values()):
+def _joined(kind: str, parts: Mapping[str, Mapping[str, Tensor]], rows: Sequence[int]) -> tuple[str, dict[str, Tensor]]:
+    """Kind and factors of one layer; no factors where there is none."""
+    if kind == "lora":
+        return kind, _stacked(parts, "A", "B", rows)
+    if kind == "diff":
+        width = next(iter(parts.values()))["diff"].shape[1]
+        zero = {part: torch.zeros(size, width) for part, size in zip(PARTS, rows, strict=True)}
+        return kind, {"diff": torch.cat([parts[p]["diff"] if p in parts else zero[p] for p in PARTS])}
+    if kind == "loha":
+        factors = _stacked(parts, "hada_w1_b", "hada_w1_a", rows) | _stacked(parts, "hada_w2_b", "hada_w2_a", rows)
+        width = factors["hada_w1_b"].shape[1]
+    elif kind == "lokr":
+        kind, rank = "lora", sum(map(_lokr_rank, parts.values()))
+        width = _columns(next(iter(parts.values())))
+        if rank * (sum(rows) + width) >= sum(rows) * width:
+            return kind, {}
+        factors = _stacked({part: _lokr_as_lora(f) for part, f in parts.items()}, "A", "B", rows)
+    else:
+        return kind, {}
+    small = sum(factor.numel() for factor in factors.values()) < sum(rows) * width
+    return kind, factors if small else {}
+
+
+def _stacked(
+    parts: Mapping[str, Mapping[str, Tensor]], inner: str, outer: str, rows: Sequence[int]
+) -> dict[str, Tensor]:
+    """The product ``outer @ inner`` of all rows from those of each part."""
+    first = next(iter(parts.values()))[inner]
+    if all(torch.equal(factors[inner], first) for factors in parts.values()):
         empty = [torch.zeros(size, first.shape[0]) for size in rows]
-        b = [parts[p].factors["B"] if p in parts else e for p, e in zip(PARTS, empty, strict=True)]
-        return {"A": first.clone(), "B": torch.cat(b)}
-    a = [parts[p].factors["A"] for p in PARTS if p in parts]
-    b = [parts[p].factors["B"] if p in parts else torch.zeros(n, 0) for p, n in zip(PARTS, rows, strict=True)]
-    return {"A": torch.cat(a), "B": torch.block_diag(*b)}
+        b = [parts[p][outer] if p in parts else e for p, e in zip(PARTS, empty, strict=True)]
+        return {inner: first.clone(), outer: torch.cat(b)}
+    a = [parts[p][inner] for p in PARTS if p in parts]
+    b = [parts[p][outer] if p in parts else torch.zeros(n, 0) for p, n in zip(PARTS, rows, strict=True)]
+    return {inner: torch.cat(a), outer: torch.block_diag(*b)}
+
+
+def _lokr_as_lora(f: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``w1 ⊗ (a·b)`` as ``(w1 ⊗ a)(I ⊗ b)`` or ``(I ⊗ a)(w1 ⊗ b)``, whichever rank is smaller."""
+    first, (a, b) = whole_factor(f, "lokr_w1"), _second(f)
+    height, width = first.shape
+    if width <= height:
+        return {"B": torch.kron(first, a), "A": torch.kron(torch.eye(width), b)}
+    return {"B": torch.kron(torch.eye(height), a), "A": torch.kron(first, b)}
+
+
+def _columns(f: Mapping[str, Tensor]) -> int:
+    return whole_factor(f, "lokr_w1").shape[1] * _second(f)[1].shape[1]
+
+
+def _lokr_rank(f: Mapping[str, Tensor]) -> int:
+    return min(whole_factor(f, "lokr_w1").shape) * _second(f)[1].shape[0]
+
+
+def _second(f: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A LoKr's second factor as a product."""
+    if "lokr_w2" not in f:
+        return f["lokr_w2_a"], f["lokr_w2_b"]
+    whole = f["lokr_w2"]
+    high = whole.shape[0] > whole.shape[1]
+    return (whole, torch.eye(whole.shape[1])) if high else (torch.eye(whole.shape[0]), whole)
 
 
 def _whole(parts: list[Tensor | None]) -> Tensor | None:

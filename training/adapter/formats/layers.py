@@ -218,7 +218,7 @@ def _product(layer: Layer, weight: Tensor | None) -> Tensor:
     if layer.kind == "loha":
         return (f["hada_w1_a"] @ f["hada_w1_b"]) * (f["hada_w2_a"] @ f["hada_w2_b"])
     if layer.kind == "lokr":
-        return torch.kron(_whole(f, "lokr_w1"), _whole(f, "lokr_w2"))
+        return torch.kron(whole_factor(f, "lokr_w1"), whole_factor(f, "lokr_w2"))
     if layer.kind == "diff":
         return f["diff"]
     assert weight is not None
@@ -239,7 +239,7 @@ def _turned_less(weight: Tensor, blocks: Tensor, rescale: Tensor | None) -> Tens
     return diag_oft.bypass_forward_diff(columns, columns, blocks, rescale).T
 
 
-def _whole(factors: Mapping[str, Tensor], name: str) -> Tensor:
+def whole_factor(factors: Mapping[str, Tensor], name: str) -> Tensor:
     return factors[name] if name in factors else factors[f"{name}_a"] @ factors[f"{name}_b"]
 
 

@@ -124,6 +124,12 @@ def adapters_of(
     return found
 
 
+def layer_of(parts: Mapping[str, Tensor]) -> Layer:
+    """A layer of tensors by the names that they have behind a module's in ComfyUI's files, without an alpha of rank."""
+    named = {_PARTS[name.removesuffix(".weight")]: tensor.detach().float().cpu() for name, tensor in parts.items()}
+    return _layer(("", ""), named, lambda place: 1.0, False, "The adapter")
+
+
 def _layer(
     place: Place, parts: dict[str, Tensor], scale: Callable[[Place], float], by_lycoris: bool, source: str
 ) -> Layer:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from ...config.checks import one_of
 from ...errors import ModelError
 from ...files import write_tensors
 from .fuse import join_layers, split_layer
+from .kronecker import peft_lokr, with_whole_first
 from .layers import FUSED, Adapters, Layer, Place, Weights, as_dora, change, no_base, with_lengths
 from .low_rank import lost, of_matrix
 from .names import diffusers_name
@@ -148,6 +149,11 @@ def written(
     return Written(tensors, _metadata(adapters, layers, format), tuple(notes), error)
 
 
+def comfyui_parts(layer: Layer) -> dict[str, Tensor]:
+    """A layer's tensors by the names that they have behind a module's in ComfyUI's files."""
+    return _parts(layer, FORMATS["comfyui"])
+
+
 def _parts(layer: Layer, format: Format) -> dict[str, Tensor]:
     """A layer's tensors by the names they have behind the module's."""
     halves = {"A": "lora_down.weight", "B": "lora_up.weight"} if format.alpha else {
@@ -179,8 +185,10 @@ def _arranged(
         made |= own.keys() if as_difference else set()
     kinds = told.kinds
     if format == "diffusers":
-        layers = {place: _with_whole_first(layer) for place, layer in layers.items()}
-        kinds = kinds if _peft_makes_lokr(list(layers.values())) else kinds - {"lokr"}
+        as_lokr = peft_lokr({place: with_whole_first(layer) for place, layer in layers.items()})
+        if as_lokr:
+            return as_lokr, {}
+        kinds = kinds - {"lokr"}
     ready, reduced = dict[Place, Layer](), dict[Place, tuple[float, float]]()
     for place, layer in layers.items():
         _check_readable(layer, place, format)
@@ -212,14 +220,6 @@ def _check_readable(layer: Layer, place: Place, format: str) -> None:
             f"{format} reads no difference of a {'norm' if norm else 'bias'}, and the file has one of {place[0]}. "
             "Choose comfyui."
         )
-
-
-def _with_whole_first(layer: Layer) -> Layer:
-    """A LoKr whose first, small factor is not factored further: PEFT would want that of every layer or of none."""
-    if "lokr_w1_a" not in layer.factors:
-        return layer
-    rest = {name: factor for name, factor in layer.factors.items() if not name.startswith("lokr_w1")}
-    return replace(layer, factors={"lokr_w1": layer.factors["lokr_w1_a"] @ layer.factors["lokr_w1_b"], **rest})
 
 
 def _rows_of(adapters: Adapters, place: Place, base: Weights) -> Callable[[], Tensor]:
@@ -258,21 +258,6 @@ def _expressed(
         )
     a, b = of_matrix(exact, rank)
     return Layer("lora", {"A": a, "B": b}, bias=layer.bias), lost(exact, a, b)
-
-
-def _peft_makes_lokr(layers: Sequence[Layer]) -> bool:
-    """Whether diffusers finds one factor by which PEFT makes these very shapes; else it refuses the file."""
-    if any(layer.kind != "lokr" or layer.dora for layer in layers):
-        return False
-    from peft.tuners.lokr.layer import factorization
-
-    sizes = [
-        (whole, part)
-        for layer in layers
-        for whole, part in zip(layer.extent, layer.factors["lokr_w1"].shape, strict=True)
-    ]
-    candidates = {layer.factors["lokr_w1"].shape[0] for layer in layers} | {-1}
-    return any(all(factorization(whole, factor)[0] == part for whole, part in sizes) for factor in candidates)
 
 
 def _lycoris_makes_lokr(layer: Layer) -> bool:

@@ -103,11 +103,10 @@ def lycoris(config: Any, norm: float | None, place: str, folders: Sequence[Path]
 
 
 def lycoris_file(settings: LyCORISSettings) -> dict[str, Any]:
-    """A ``lycoris_config`` for both; ``init_lokr_norm`` stands in ``config.json``."""
+    """A ``lycoris_config`` for both; ``init_lokr_norm`` stands in ``config.json``, ``qkv`` among our own options."""
     always = {name: getattr(settings, name) for name in ("algo", "multiplier", "linear_dim", "linear_alpha")}
     written = always | settings.as_json()
-    written.pop("init_lokr_norm", None)
-    return written
+    return {name: value for name, value in written.items() if name not in ("init_lokr_norm", "qkv")}
 
 
 def with_own(adapter: AdapterSettings, own: Mapping[str, Any]) -> AdapterSettings:

@@ -140,7 +140,10 @@ def _notes(imported: Imported, block: Mapping[str, Any]) -> tuple[str, ...]:
     adapter = imported.adapter
     if isinstance(adapter, LoRASettings) and adapter.qkv == "fused":
         notes.append("SimpleTuner trains query, key and value apart, each with a LoRA of its own.")
-    others = [name for name in block if name not in _SAME_THERE and name not in ("optimizer", "lora_qkv")]
+    if isinstance(adapter, LyCORISSettings) and adapter.qkv == "fused":
+        notes.append("SimpleTuner trains query, key and value apart, each with LyCORIS weights of its own.")
+    known = {*_SAME_THERE, "optimizer", "lora_qkv", "lycoris_qkv"}
+    others = [name for name in block if name not in known]
     if others:
         notes.append(f"SimpleTuner has no such option, and skips it: {', '.join(others)}.")
     return tuple(notes)
