@@ -1,6 +1,7 @@
 """The real ComfyUI page in a real Chromium."""
 
 import os
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -55,6 +56,24 @@ def nothing_goes_on(server):
     yield
     server.ask("/queue", {"clear": True})
     server.ask("/interrupt", {})
+
+
+@pytest.fixture
+def wait_for_lora(server):
+    """Waits until a run's file is there, and finds no error of ours on the page.
+
+    (The page itself asks api.comfy.org about every node, which the server's policy forbids.)
+    """
+
+    def wait_for_lora(page, run):
+        lora = server.base / "models" / "loras" / "lumina2" / f"{run}.safetensors"
+        deadline = time.monotonic() + LOADED_S
+        while not lora.exists():
+            assert time.monotonic() < deadline, page.errors[-3:]
+            page.wait_for_timeout(200)
+        assert [text for text in page.errors if text.startswith("error") and "lumina2-trainer" in text] == []
+
+    return wait_for_lora
 
 
 @pytest.fixture
