@@ -5,7 +5,8 @@
 One step is forward, loss, backward and AdamW, with a LoRA of rank 16 on attention and no checkpointing, of
 
 - ours: the engine's transformer, with captions refined before as in training (the context refiner is not trained, and
-  what it makes of a caption is kept with the embedding);
+  what it makes of a caption is kept with the embedding); with ``torch_compile``, which compiles each block, where there
+  is a C++ compiler, and ``ours_eager`` without;
 - diffusers' ``Lumina2Transformer2DModel`` with PEFT, the captions trimmed to the longest, and padded to 256 as its
   example script has them;
 - ComfyUI's own ``TrainLoraNode``, which has no choice of targets and trains every weight;
@@ -18,8 +19,9 @@ weights and the same batch and take turns within one run, in an order drawn for 
 the rounds, of the repeat with the fastest floor.
 A dtype that this CPU has no instructions for is listed and not run.
 
-With ``--json`` the last line of stdout is a list of ``{model, dtype, native, captions, ours_s, diffusers_peft_s,
-diffusers_padded_s, comfyui_s, floor_s}``, all else goes to stderr. $COMFYUI_PATH names the ComfyUI (default: .comfyui).
+With ``--json`` the last line of stdout is a list of ``{model, dtype, native, captions, ours_s, ours_eager_s,
+diffusers_peft_s, diffusers_padded_s, comfyui_s, floor_s}``, all else goes to stderr. $COMFYUI_PATH names the ComfyUI
+(default: .comfyui).
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +59,7 @@ NANO = TransformerConfig(dim=256, layers=6, heads=8, kv_heads=4, caption_dim=192
 MODELS = {"nano": NANO, "wide": replace(TransformerConfig(), layers=2)}
 CAPTIONS = {"equal": (64,), "mixed": (8, 40, 120, 200)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CONTENDERS = ("ours", "diffusers_peft", "diffusers_padded", "comfyui", "floor")
+CONTENDERS = ("ours", "ours_eager", "diffusers_peft", "diffusers_padded", "comfyui", "floor")
 
 Step = Callable[[], None]
 
@@ -98,13 +102,24 @@ def trained(parameters: list[torch.nn.Parameter], predict: Callable[[], torch.Te
     return step
 
 
-def ours(model: Lumina2Transformer, batch: Batch) -> Step:
+def ours(model: Lumina2Transformer, batch: Batch, compiled: bool = False) -> Step:
     shared = Lumina2Transformer.from_weights(model.config, model.state_dict())  # an adapter of its own on the weights
     weights = add_lora(shared, LoRASettings(RANK), 0)
+    if compiled:
+        shared.compile_blocks()
     target = torch.randn(batch.latents.shape)
     with torch.no_grad():
         text = shared.refine(batch.captions, batch.lengths)
     return trained(list(weights.values()), lambda: shared.predict(batch.latents, batch.t, text, batch.lengths), target)
+
+
+def has_compiler() -> bool:
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        return bool(cpp_builder.get_cpp_compiler())
+    except exc.InvalidCxxCompiler:
+        return False
 
 
 def diffusers_model(model: Lumina2Transformer) -> torch.nn.Module:
@@ -350,7 +365,8 @@ def measure(name: str, dtype_name: str, captions: str, rounds: int, repeats: int
     theirs = diffusers_model(model)
     comfyui = ComfyUI(model, batch, dtype_name, (rounds + 1) * repeats)
     steps: dict[str, Step] = {
-        "ours": ours(model, batch),
+        "ours": ours(model, batch, compiled=has_compiler()),
+        "ours_eager": ours(model, batch),
         "diffusers_peft": diffusers_peft(theirs, batch, "trimmed"),
         "diffusers_padded": diffusers_peft(theirs, batch.padded_to(PADDED_TOKENS), "padded"),
         "comfyui": comfyui.step,
@@ -383,14 +399,15 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-        import_comfyui()
         for name in options.models.split(","):
             for dtype in options.dtypes.split(","):
                 native = computed_in(DTYPES[dtype], torch.device("cpu")) is DTYPES[dtype]
                 for captions in options.captions.split(","):
                     seconds: dict[str, float] = {}
                     if native:
-                        seconds = measure(name, dtype, captions, options.rounds, options.repeats)
+                        with ProcessPoolExecutor(1, get_context("spawn"), import_comfyui) as alone:
+                            begun = alone.submit(measure, name, dtype, captions, options.rounds, options.repeats)
+                            seconds = begun.result()
                     row = {"model": name, "dtype": dtype, "native": native, "captions": captions}
                     row |= {f"{contender}_s": seconds.get(contender) for contender in CONTENDERS}
                     rows.append(row)

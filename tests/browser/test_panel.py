@@ -12,9 +12,10 @@ import pytest
 import torch
 from graphs import run_json
 
+from training.cache.facts import DatasetFacts
 from training.config.settings import TrainSettings
 from training.files import write_json, write_tensors
-from training.report.story import About, DatasetFacts
+from training.report.story import About
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = {".js": 40_000, "": 150_000}  # bytes that every page loads, and all there are

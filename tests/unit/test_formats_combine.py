@@ -55,6 +55,14 @@ def test_several_become_one_that_adds_what_they_add():
     assert "ranks 3 to 4, relative error" in reduced.note
 
 
+def test_what_is_merged_keeps_what_calls_it_up():
+    said = [{"modelspec.title": title, "modelspec.trigger_phrase": "zorblax", "ss_steps": "7"} for title in "ab"]
+    given = [Adapters(NANO, {(OUT, ""): lora(24, 24, 2, 0)}, about) for about in (*said, {})]
+    merged = combine([(adapters, 1.0) for adapters in given]).adapters
+    assert merged.metadata == {"modelspec.title": "a + b", "modelspec.trigger_phrase": "zorblax"}
+    assert combine([(given[0], 1.0)]).adapters.metadata == said[0]
+
+
 def test_another_rank_is_the_nearest_there_is():
     start = Adapters(NANO, {(OUT, ""): lora(24, 24, 8, 0)}, {"ss_seed": "7"})
     smaller = combine([(start, 1.0)], rank=3)

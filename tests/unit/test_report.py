@@ -15,11 +15,12 @@ import torch
 from local_hub import local_hub
 from PIL import Image
 
+from training.cache.facts import file_metadata
 from training.cache.given import keep_given
 from training.cache.store import Store
 from training.cache.texts import Validation
 from training.config.adapter import LoRASettings
-from training.config.dataset import MixSettings
+from training.config.dataset import CaptionSettings, MixSettings
 from training.config.optim import OptimizerSettings
 from training.config.report import ReportSettings
 from training.config.settings import Config, TrainSettings, deciding
@@ -522,6 +523,7 @@ def test_facts_of_the_datasets_hold_no_path(caches, tmp_path):
     assert about.base_model == "me/base"
     assert about.sampling == {"steps": 3, "guidance": 5.0, "negative_prompt": "", "system_prompt": "Draw."}
     assert about_run(latents, texts).sampling == {}
+    assert about_run(latents, replace(texts, triggers=("zorblax", "a mug"))).trigger == "zorblax, a mug"
     about.keep(tmp_path)
     assert About.read(tmp_path) == about
     assert str(tmp_path) not in (tmp_path / "report.json").read_text()
@@ -565,3 +567,28 @@ def test_tries_are_counted():
     with pytest.raises(OSError):  # noqa: PT011
         try_again(fails, (1, 1, 1), lambda seconds: False)
     assert len(calls) == 1
+
+
+def test_a_file_says_what_it_was_trained_on(caches):
+    latents, texts = caches
+    (part,) = latents.parts
+    latents = replace(latents, parts=(replace(part, mix=replace(part.mix, repeats=2)),))
+    said = file_metadata(latents, replace(texts, triggers=("zorblax", "a mug")))
+    assert said["modelspec.trigger_phrase"] == "zorblax, a mug"
+    assert (said["ss_num_train_images"], said["ss_num_reg_images"]) == ("15", "0")
+    assert json.loads(said["ss_dataset_dirs"]) == {part.id: {"n_repeats": 3, "img_count": 5}}
+    assert said["modelspec.resolution"] == "32x32"
+    assert "modelspec.trigger_phrase" not in file_metadata(latents, texts)
+
+
+@pytest.mark.parametrize(
+    ("captions", "triggers"),
+    [
+        (CaptionSettings(trigger_word=" zorblax ", instance_prompt=("a dog",)), ("zorblax",)),
+        (CaptionSettings("instanceprompt", instance_prompt=("a photo of zorblax", "zorblax")),
+         ("a photo of zorblax", "zorblax")),
+        (CaptionSettings(instance_prompt=("unused",)), ()),
+    ],
+)  # fmt: skip
+def test_what_calls_up_the_pictures(captions, triggers):
+    assert captions.triggers == triggers

@@ -10,6 +10,7 @@ from local_hub import local_hub
 from PIL import Image
 from safetensors.torch import load, save_file
 
+from training.cache.facts import DatasetFacts
 from training.config.report import ReportSettings
 from training.config.settings import TrainSettings
 from training.errors import ModelError, RunError, SettingError
@@ -17,7 +18,7 @@ from training.report import hub as hub_module
 from training.report.hub import hub_name, push, push_file, push_run
 from training.report.login import check_logins, login_problems
 from training.report.reporters import reporters
-from training.report.story import About, DatasetFacts
+from training.report.story import About
 from training.run.events import CheckpointSaved, Ended, Journal, Sample, Started, StepDone, Validated, to_all
 from training.run.folder import Run, RunStore
 

@@ -131,6 +131,7 @@ def test_a_run_trains_and_writes_what_it_says(run, store):
     with safe_open(file, framework="pt") as opened:
         assert opened.metadata()["ss_network_dim"] == "4"
         assert opened.metadata()["ss_steps"] == "8"
+        assert int(opened.metadata()["ss_num_train_images"]) > 0
     record = store.read("cats")
     assert (record.status, record.step, record.target, record.name) == ("finished", 8, 8, "cats")
     assert sorted(path.name for path in (store.root / "cats").glob("checkpoint-*")) == [

@@ -53,6 +53,7 @@ class TextCache:
     skipped: tuple[str, ...] = field(default=(), compare=False)
     validation: Validation | None = field(default=None, compare=False)  # None: another node's embeddings
     others: Mapping[str, str] = field(default_factory=dict, compare=False)  # keys of further prompts
+    triggers: tuple[str, ...] = field(default=(), compare=False)  # what calls up the pictures in a prompt
 
     def rows(self) -> TextRows:
         table = read_manifest(Path(self.manifest))
@@ -194,6 +195,7 @@ def cache_texts(
     if taught != keys:
         columns["taught"] = taught
     manifest = write_manifest(Path(store.folder), subject, columns)
+    shown = [part for part in dataset.parts if part.settings.mix.dataset_type == "image"]
     embedded = tuple(EmbeddedPrompt(prompt, key(text)) for prompt, text in said.items())
     return TextCache(
         store,
@@ -204,4 +206,5 @@ def cache_texts(
         (*dataset.skipped, *skipped),
         Validation(embedded, key(negative), system_prompt, max_tokens, validation),
         {text: key(read) for text, read in further.items()},
+        tuple(dict.fromkeys(trigger for part in shown for trigger in part.settings.captions.triggers)),
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..cache.facts import dataset_facts
 from ..config.databackend.write import write_databackend
 from ..config.settings import TrainSettings
 from ..config.simpletuner.write import LYCORIS_NAME, write_config
@@ -20,7 +21,7 @@ from ..errors import SettingError
 from ..files import write_json
 from ..report.login import check_logins
 from ..report.reporters import reporters
-from ..report.story import About, dataset_facts
+from ..report.story import About
 from ..run.batches import Batches
 from ..run.events import Event, Started, to_all
 from ..run.folder import RunStore
@@ -120,7 +121,8 @@ def _train(
     )
     terminal.say(f"loading the transformer onto {device}")
     transformer = open_transformer(model, device)
-    about = About(base_model=model.hub_id, datasets=dataset_facts(cached.latents))
+    facts = dataset_facts(cached.latents)
+    about = About(base_model=model.hub_id, trigger=", ".join(cached.texts.triggers), datasets=facts)
     return train_lora(
         transformer,
         cached.latents,

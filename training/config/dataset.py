@@ -168,9 +168,8 @@ class CaptionSettings:
 
     def __post_init__(self) -> None:
         one_of("caption_strategy", self.caption_strategy, CAPTION_STRATEGIES)
-        uses = self.only_instance_prompt or self.prepend_instance_prompt or self.caption_strategy == "instanceprompt"
         require(
-            not uses or any(text.strip() for text in self.instance_prompt),
+            not self.uses_instance_prompt or any(text.strip() for text in self.instance_prompt),
             "instance_prompt",
             "",
             "write what the pictures show; caption_strategy or prepend_instance_prompt ask for it",
@@ -185,6 +184,16 @@ class CaptionSettings:
         require(
             dropout is None or 0 <= dropout <= 1, "caption_dropout_probability", dropout, "choose 0 to 1, or leave it"
         )
+
+    @property
+    def uses_instance_prompt(self) -> bool:
+        return self.only_instance_prompt or self.prepend_instance_prompt or self.caption_strategy == "instanceprompt"
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """What calls up the pictures in a prompt: the trigger word, else the instance prompts; may be nothing."""
+        prompts = self.instance_prompt if self.uses_instance_prompt else ()
+        return tuple(filter(None, (text.strip() for text in ((self.trigger_word,) if self.trigger_word else prompts))))
 
 
 @dataclass(frozen=True)

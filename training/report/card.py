@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
+from ..cache.facts import DatasetFacts
 from ..config.report import ReportSettings
 from ..errors import ModelError
 from ..run.history import changed_settings
-from .story import About, DatasetFacts, Story
+from .story import About, Story
 
 BASE = "Alpha-VLLM/Lumina-Image-2.0"
 BASE_WIDTH = 2304  # of its layers

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ..cache.facts import DatasetFacts, dataset_facts
 from ..cache.latents import LatentCache
 from ..cache.texts import TextCache
 from ..files import read_json, write_json
@@ -18,17 +17,6 @@ from ..run.folder import Run
 
 LEFT_OUT = 50  # sentences that are kept
 MEMORY = "report.json"  # in the run's folder: what reporting itself has to remember
-
-
-@dataclass(frozen=True)
-class DatasetFacts:
-    """One dataset as a card tells of it; never where it lies."""
-
-    id: str
-    pictures: int
-    repeats: int = 0
-    regularisation: bool = False
-    sizes: tuple[str, ...] = ()  # "1024×1024", the most frequent first
 
 
 @dataclass(frozen=True)
@@ -66,26 +54,6 @@ def remember(folder: Path, **values: Any) -> None:
     write_json(folder / MEMORY, {**remembered(folder), **values})
 
 
-def dataset_facts(latents: LatentCache) -> tuple[DatasetFacts, ...]:
-    """What a card tells of the datasets behind a cache."""
-    rows = latents.rows()
-    facts = []
-    for number, part in enumerate(latents.parts):
-        mine = rows.part == number
-        shapes, counts = np.unique(rows.shape[mine][:, 1:] * 8, axis=0, return_counts=True)
-        order = np.argsort(-counts, kind="stable")
-        facts.append(
-            DatasetFacts(
-                part.id,
-                int(mine.sum()),
-                part.mix.repeats,
-                part.mix.is_regularisation_data,
-                tuple(f"{shapes[n][1]}×{shapes[n][0]}" for n in order[:6]),
-            )
-        )
-    return tuple(facts)
-
-
 def about_run(latents: LatentCache, texts: TextCache, base_model: str = "") -> About:
     """What a card can be told of the data and of how samples are drawn.
 
@@ -103,7 +71,14 @@ def about_run(latents: LatentCache, texts: TextCache, base_model: str = "") -> A
             "system_prompt": validation.system_prompt,
         }
     left_out = tuple(dict.fromkeys((*latents.skipped, *texts.skipped)))[:LEFT_OUT]
-    return About(base_model, datasets=dataset_facts(latents), sampling=sampling, left_out=left_out, cut=texts.cut)
+    return About(
+        base_model,
+        trigger=", ".join(texts.triggers),
+        datasets=dataset_facts(latents),
+        sampling=sampling,
+        left_out=left_out,
+        cut=texts.cut,
+    )
 
 
 class Story:

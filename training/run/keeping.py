@@ -44,6 +44,7 @@ class Keeper:
 
     Args:
         modules: the base weight of each module that can have an adapter, by the module's name.
+        about: what the file says of its data.
         processes: of the run; all call each method, and the leader writes.
     """
 
@@ -54,9 +55,11 @@ class Keeper:
         settings: TrainSettings,
         modules: Mapping[str, Tensor],
         tell: Listener,
+        about: Mapping[str, str],
         processes: Processes = ALONE,
     ) -> None:
         self.store, self.settings, self.modules, self.tell = store, settings, modules, tell
+        self.about = about
         self.processes = processes
         self.full = settings.full_fine_tune
         self.folder, self.file = store.path(run), store.file(run.folder, self.full)
@@ -172,11 +175,16 @@ class Keeper:
         return {
             "modelspec.sai_model_spec": "1.0.0",
             "modelspec.architecture": "lumina-2" if self.full else "lumina-2/lora",
+            "modelspec.implementation": "https://github.com/Alpha-VLLM/Lumina-Image-2.0",
             "modelspec.title": self.run.folder,
             "modelspec.prediction_type": "flow",
+            "ss_base_model_version": "lumina2",
             "ss_steps": str(step),
             "ss_learning_rate": str(self.run.learning_rate or settings.optimizer.learning_rate),
+            "ss_optimizer": settings.optimizer.optimizer,
+            "ss_lr_scheduler": settings.optimizer.lr_scheduler,
             "ss_seed": str(settings.seed),
+            **self.about,
             "lumina2_trainer.settings": json.dumps(settings.written()),
             "lumina2_trainer.identity": self.run.identity,
         }

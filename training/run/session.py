@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..adapter.adapter import add_adapter
 from ..adapter.files import check_lora, read_lora, write_lora
 from ..adapter.full import Full
+from ..cache.facts import file_metadata
 from ..cache.latents import Encode, LatentCache
 from ..cache.texts import TextCache
 from ..config.settings import RESUME, TrainSettings, check_run_name
@@ -164,7 +165,7 @@ def train_lora(
             )
             journal = Journal(events) if processes.leads else _NoJournal(events)
             told = processes.heard(to_all([journal, tell]))
-            keeper = Keeper(store, run, settings, modules, told, processes)
+            keeper = Keeper(store, run, settings, modules, told, file_metadata(latents, texts), processes)
             ledger = Ledger(keeper.tell, read_losses(events, state.step), tolerant=state.loss_scale is not None)
             control = control or Control()
             between = BetweenSteps(

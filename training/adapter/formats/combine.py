@@ -53,8 +53,17 @@ def combine(given: Sequence[tuple[Adapters, float]], rank: int = 0, base: Weight
         layers[module, ""], (left_out, whole) = _combined(module, parts, rank, base, config)
         gone, all_ = gone + left_out, all_ + whole
     notes = tuple(dict.fromkeys(note for adapters, _ in given for note in adapters.notes))
-    metadata = dict(given[0][0].metadata) if len(given) == 1 else {}
+    metadata = dict(given[0][0].metadata) if len(given) == 1 else _merged([adapters.metadata for adapters, _ in given])
     return Combined(Adapters(config, layers, metadata, notes), (gone / all_) ** 0.5 if all_ else 0.0)
+
+
+def _merged(each: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Of what several files say, that which holds for all together."""
+    merged: dict[str, str] = {}
+    for key in ("modelspec.title", "modelspec.trigger_phrase"):
+        said = dict.fromkeys(about[key] for about in each if about.get(key))
+        merged |= {key: (" + " if key.endswith("title") else ", ").join(said)} if said else {}
+    return merged
 
 
 def _combined(
