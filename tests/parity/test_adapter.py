@@ -236,8 +236,8 @@ def test_lycoris_draws_from_the_seed_and_from_torch_alone():
 
 @pytest.mark.parametrize(
     "settings",
-    [LORAS["dora, pissa, split"], LYCORIS["lokr"], LYCORIS["loha"], LYCORIS["boft"], LYCORIS["dylora"]],
-    ids=["dora", "lokr", "loha", "boft", "dylora"],
+    [LORAS["dora, pissa, split"], LYCORIS["lokr, split"], LYCORIS["loha"], LYCORIS["boft"], LYCORIS["dylora"]],
+    ids=["dora", "lokr split", "loha", "boft", "dylora"],
 )
 def test_compiled_blocks_compute_the_same_without_breaks(settings):
     torch._dynamo.reset()

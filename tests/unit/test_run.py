@@ -512,7 +512,7 @@ def test_a_full_fine_tune_refuses_what_it_cannot_do(run, store, tmp_path):
         {"optimizer": OptimizerSettings("prodigy", 1.0, use_ema=True)},
         {"optimizer": OptimizerSettings("adamw_schedulefree", 1e-2, gradient_accumulation_steps=2)},
         {"optimizer": OptimizerSettings("adamw_bf16", 1e-2, lr_scheduler="cosine", lr_warmup_steps=2, use_ema=True)},
-        {"adapter": LyCORISSettings("lokr", linear_dim=10000, factor=2)},
+        {"adapter": LyCORISSettings("lokr", linear_dim=10000, factor=2, qkv="split")},
         {"adapter": LoRASettings(2, init="pissa", qkv="split", use_dora=True, loraplus_lr_ratio=4)},
         {"precision": PrecisionSettings(base_model_precision="int8-torchao", gradient_checkpointing=True)},
         {
