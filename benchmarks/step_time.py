@@ -1,6 +1,7 @@
 """How long a LoRA step takes, beside its peers and beside what it cannot be faster than.
 
     python -m benchmarks.step_time [--models nano,wide] [--dtypes fp32,bf16] [--rounds 15] [--repeats 3] [--json]
+        [--without comfyui]
 
 One step is forward, loss, backward and AdamW, with a LoRA of rank 16 on attention and no checkpointing, of
 
@@ -35,7 +36,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -356,22 +357,24 @@ def floor_flops(model: Lumina2Transformer, batch: Batch) -> int:
     return total
 
 
-def measure(name: str, dtype_name: str, captions: str, rounds: int, repeats: int) -> dict[str, float]:
+def measure(
+    name: str, dtype_name: str, captions: str, rounds: int, repeats: int, without: Sequence[str] = ()
+) -> dict[str, float]:
     """Median seconds of each contender, of the repeat whose floor was the fastest."""
     config, dtype, lengths = MODELS[name], DTYPES[dtype_name], CAPTIONS[captions]
     model = random_transformer(config, dtype)
     torch.manual_seed(1)
     batch = make_batch(config, lengths, dtype)
     theirs = diffusers_model(model)
-    comfyui = ComfyUI(model, batch, dtype_name, (rounds + 1) * repeats)
-    steps: dict[str, Step] = {
-        "ours": ours(model, batch, compiled=has_compiler()),
-        "ours_eager": ours(model, batch),
-        "diffusers_peft": diffusers_peft(theirs, batch, "trimmed"),
-        "diffusers_padded": diffusers_peft(theirs, batch.padded_to(PADDED_TOKENS), "padded"),
-        "comfyui": comfyui.step,
-        "floor": floor(model, batch),
+    made: dict[str, Callable[[], Step]] = {
+        "ours": lambda: ours(model, batch, compiled=has_compiler()),
+        "ours_eager": lambda: ours(model, batch),
+        "diffusers_peft": lambda: diffusers_peft(theirs, batch, "trimmed"),
+        "diffusers_padded": lambda: diffusers_peft(theirs, batch.padded_to(PADDED_TOKENS), "padded"),
+        "comfyui": lambda: ComfyUI(model, batch, dtype_name, (rounds + 1) * repeats).step,
+        "floor": lambda: floor(model, batch),
     }
+    steps = {contender: make() for contender, make in made.items() if contender not in without}
     best: dict[str, float] = {}
     order = random.Random(0)
     for _ in range(repeats):
@@ -395,6 +398,7 @@ def main() -> None:
     parser.add_argument("--captions", default=",".join(CAPTIONS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--without", default="", help="contenders to leave out: ComfyUI's takes most of the memory")
     parser.add_argument("--json", action="store_true", help="one line of JSON on stdout, all else on stderr")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -406,7 +410,8 @@ def main() -> None:
                     seconds: dict[str, float] = {}
                     if native:
                         with ProcessPoolExecutor(1, get_context("spawn"), import_comfyui) as alone:
-                            begun = alone.submit(measure, name, dtype, captions, options.rounds, options.repeats)
+                            how = (options.rounds, options.repeats, options.without.split(","))
+                            begun = alone.submit(measure, name, dtype, captions, *how)
                             seconds = begun.result()
                     row = {"model": name, "dtype": dtype, "native": native, "captions": captions}
                     row |= {f"{contender}_s": seconds.get(contender) for contender in CONTENDERS}
@@ -421,7 +426,8 @@ def describe(row: dict[str, Any]) -> str:
     if not row["native"]:
         return f"{head} not run: this CPU has no instructions for it"
     mine = row["ours_s"]
-    others = "  ".join(f"{c} {row[c + '_s']:.3f} s ({row[c + '_s'] / mine:.2f} ×)" for c in CONTENDERS[1:-1])
+    there = [contender for contender in CONTENDERS[1:-1] if row[f"{contender}_s"] is not None]
+    others = "  ".join(f"{c} {row[c + '_s']:.3f} s ({row[c + '_s'] / mine:.2f} ×)" for c in there)
     return f"{head} ours {mine:.3f} s = {mine / row['floor_s']:.3f} × the floor of {row['floor_s']:.3f} s;  {others}"
 
 
