@@ -72,8 +72,10 @@ class Desk:
         return load_file(self.loras / f"{run}.safetensors")
 
     def forget(self):
-        """Clear ComfyUI's own cache."""
+        """Clear ComfyUI's own cache, which it does between two prompts: the next one is not to be the first of them."""
         self.server.ask("/free", {"unload_models": True, "free_memory": True})
+        image = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}}
+        self.server.run({"image": image, "shown": {"class_type": "PreviewImage", "inputs": {"images": ["image", 0]}}})
 
 
 @pytest.fixture(scope="module")
