@@ -17,7 +17,7 @@ from ..model.transformer import Lumina2Transformer
 from .base import AdaptedLinear, dense_weight
 from .formats.fuse import join_layers, split_layer
 from .formats.kronecker import as_lokr
-from .formats.layers import PARTS, Adapters, Layer, Weights, change, no_base, with_lengths
+from .formats.layers import PARTS, Adapters, Layer, Weights, change, no_base, whole_shape, with_lengths
 from .formats.low_rank import lost, of_matrix
 from .formats.read import read_adapters
 from .lora import Pair
@@ -99,8 +99,8 @@ def start_lycoris(
     for module, parts in adapters.modules.items():
         layer, rows = layers[module], adapters.config.qkv_rows
         if layer.settings.algo == "full":
-            biases = [part.bias for part in parts.values()]
-            parts = {"": Layer("diff", {"diff": adapters.delta(module, base)}, bias=biases[0] if "" in parts else None)}
+            bias = parts[""].bias if "" in parts else None
+            parts = {"": Layer("diff", {"diff": adapters.delta(module, base)}, bias=bias)}
         if isinstance(layer, SplitLinear):
             apart = (split_layer(parts[""], rows) or {}) if "" in parts else parts
             if not apart:
@@ -161,8 +161,7 @@ def _as_lokr(found: Layer, own: Mapping[str, Tensor]) -> Layer:
     """What was trained for q, k and v apart and written over all of them is a LoKr again, in the factors of ``own``."""
     if found.kind not in ("diff", "lora") or found.dora or found.bias is not None:
         return found
-    shape = own["lokr_w1"].shape if "lokr_w1" in own else (len(own["lokr_w1_a"]), own["lokr_w1_b"].shape[1])
-    made = as_lokr(change(found, lambda: no_base("")), (shape[0], shape[1]))
+    made = as_lokr(change(found, lambda: no_base("")), whole_shape(own, "lokr_w1"))
     if made is None:
         return found
     factors = {}

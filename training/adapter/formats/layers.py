@@ -73,7 +73,7 @@ class Layer:
         if self.kind == "loha":
             return f["hada_w1_a"].shape[0], f["hada_w1_b"].shape[1]
         if self.kind == "lokr":
-            first, second = _whole_shape(f, "lokr_w1"), _whole_shape(f, "lokr_w2")
+            first, second = whole_shape(f, "lokr_w1"), whole_shape(f, "lokr_w2")
             return first[0] * second[0], first[1] * second[1]
         if self.kind == "glora":
             return f["b1"].shape[0], f["b2"].shape[1]
@@ -243,7 +243,7 @@ def whole_factor(factors: Mapping[str, Tensor], name: str) -> Tensor:
     return factors[name] if name in factors else factors[f"{name}_a"] @ factors[f"{name}_b"]
 
 
-def _whole_shape(factors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+def whole_shape(factors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
     if name in factors:
         return factors[name].shape[0], factors[name].shape[1]
     return factors[f"{name}_a"].shape[0], factors[f"{name}_b"].shape[1]

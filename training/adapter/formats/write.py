@@ -270,7 +270,7 @@ def _lycoris_makes_lokr(layer: Layer) -> bool:
         with torch.device("meta"):
             like = nn.Linear(columns or 1, rows or 1, bias=False)
             make_module(*get_module(parts, "x"), "x", like)
-    except (RuntimeError, ValueError):
+    except (AttributeError, RuntimeError, ValueError):  # the first: it makes a whole matrix of these factors
         return False
     return True
 
