@@ -411,6 +411,28 @@ def test_a_weight_takes_its_step_in_slices_as_in_one(name, shape, monkeypatch):
     assert rms.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_of_8_bits_are_torchaos(signed):
+    from torchao.optim.quant_utils import quantize_8bit_with_qmap
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    limits = low_bit.code_thresholds(tuple(OptimState8bit.zeros((256,), signed).qmap.tolist()))
+    nearby = [(limits.view(torch.int32) + ulps).view(torch.float32) for ulps in range(-40, 41)]
+    numbers = torch.cat([*nearby, torch.linspace(-1, 1, 10_001), torch.randn(10_000).clamp(-1, 1) * 1e-5])
+    state = OptimState8bit.zeros(numbers.shape, signed, block_size=numbers.numel())
+    expected = quantize_8bit_with_qmap(numbers, state.qmap)
+    low_bit.write_8bit(numbers, state)
+    assert state.scale.tolist() == [1.0]
+    assert torch.equal(state.codes, expected)
+
+    numbers = torch.randn(8, 256) * 1e-3
+    written, copied = (OptimState8bit.zeros(numbers.shape, signed) for _ in range(2))
+    low_bit.write_8bit(numbers, written)
+    copied.copy_(numbers)
+    assert torch.equal(written.codes, copied.codes)
+    assert torch.equal(written.scale, copied.scale)
+
+
 def test_states_of_few_bits_are_not_compared():
     with pytest.raises(SettingError, match="ao-adamw8bit refuses: amsgrad needs states"):
         build_optimizer(

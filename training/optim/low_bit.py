@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,7 +24,9 @@ def with_repeatable_steps(cls: Callable[..., torch.optim.Optimizer], seed: int) 
 
     torchao compiles each step. That needs a C++ compiler on a CPU, and on a GPU triton, a C compiler and, for fp8,
     the 8.9 generation; where those are missing, and on CPUs, the same arithmetic runs uncompiled, on one slice of a
-    weight after the other: it takes 57 bytes for each element that it works on.
+    weight after the other: it takes up to 57 bytes for each element that it works on. Most of its time there would go
+    to torchao's search for codes of 8 bits, in eight rounds of gathers; so these states take the step as numbers, and
+    ``write_8bit`` finds the same codes.
     bf16 weights are rounded with torch's own random numbers, which are seeded for a step and put back after it.
 
     Raises:
@@ -72,13 +75,17 @@ def with_repeatable_steps(cls: Callable[..., torch.optim.Optimizer], seed: int) 
             for first, last in low_bit_slices(weight.numel(), self.block_size):
                 part = nn.Parameter(flat[first:last], requires_grad=False)
                 part.grad = gradient[first:last]
-                self.state[part] = {"step": state["step"].clone()}
-                self.state[part].update({name: state_slice(value, first, last) for name, value in states.items()})
+                parts = {name: state_slice(value, first, last) for name, value in states.items()}
+                of_8bit = {name: value for name, value in parts.items() if _is_8bit(value)}
+                numbers = {name: value.dequantize() for name, value in of_8bit.items()}
+                self.state[part] = {"step": state["step"].clone(), **parts, **numbers}
                 self.param_groups = [{**group, "params": [part]}]
                 try:
                     super().step()
                 finally:
                     del self.state[part]
+                for name, value in numbers.items():
+                    write_8bit(value, of_8bit[name])
             state["step"] += 1
 
     return RepeatableSteps
@@ -103,6 +110,44 @@ def state_slice(state: Tensor, first: int, last: int) -> Tensor:
         parts[name] = part
     about = [(last - first,) if isinstance(value, tuple) else value for value in about]
     return type(state).__tensor_unflatten__(parts, about)  # type: ignore[attr-defined]
+
+
+def write_8bit(numbers: Tensor, state: Any) -> None:
+    """Write fp32 numbers into torchao's ``OptimState8bit`` with the codes that its own copy finds.
+
+    Each block is divided by its largest magnitude, at least 1e-12, which is its scale.
+    """
+    blocks = numbers.view(-1, state.block_size)
+    scale = blocks.abs().amax(-1).clip(1e-12)
+    thresholds = code_thresholds(tuple(state.qmap.tolist())).to(numbers.device)
+    codes = torch.bucketize(blocks / scale[:, None], thresholds, out_int32=True, right=True)
+    state.scale.copy_(scale)
+    state.codes.copy_(codes.view(state.codes.shape))
+
+
+@cache
+def code_thresholds(numbers: tuple[float, ...]) -> Tensor:
+    """The least fp32 number that gets each code but the first, (codes − 1,), from what the codes stand for, ascending.
+
+    Between two of them torchao gives the upper one's code where ``number − lower ≥ (upper − lower) / 2`` in fp32
+    (``torchao.optim.quant_utils.quantize_8bit_with_qmap``). The difference never falls as the number grows, so halving
+    the interval down to two neighbouring fp32 numbers finds where it begins to hold.
+    """
+    values = torch.tensor(numbers)
+    lower = values[:-1]
+    half = (values[1:] - lower) * 0.5
+    low, high = lower, values[1:]
+    while True:
+        middle = ((low.double() + high.double()) / 2).float()
+        between = (low < middle) & (middle < high)
+        if not between.any():
+            return high
+        holds = middle - lower >= half
+        low, high = torch.where(between & ~holds, middle, low), torch.where(between & holds, middle, high)
+
+
+def _is_8bit(state: Tensor) -> bool:
+    return type(state).__name__ == "OptimState8bit"
 
 
 def _compiles(device: torch.device) -> bool:
