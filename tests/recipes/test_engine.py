@@ -28,9 +28,9 @@ GOLDEN = json.loads((Path(__file__).with_name("golden.json")).read_text())
 
 
 @pytest.fixture(autouse=True)
-def _two_threads():
+def _one_thread():
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
