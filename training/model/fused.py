@@ -182,6 +182,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         d_gate = grad * up
+        del up  # under checkpointing nothing else holds it, and this is the moment when a step needs the most
         torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
         return d_gate, F.silu(gate).mul_(grad)
 
