@@ -51,7 +51,7 @@ def open_page(browser, server, tmp_path):
     yield open_page
     for context in contexts:
         context.close()
-    assert [text for text in errors if "lumina2" in text and "/api/" not in text] == []
+    assert [text for text in errors if "lumina2-trainer" in text or ("lumina2" in text and "/api/" not in text)] == []
 
 
 @pytest.fixture(autouse=True)

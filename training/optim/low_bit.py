@@ -76,8 +76,7 @@ def with_repeatable_steps(cls: Callable[..., torch.optim.Optimizer], seed: int) 
                 part = nn.Parameter(flat[first:last], requires_grad=False)
                 part.grad = gradient[first:last]
                 parts = {name: state_slice(value, first, last) for name, value in states.items()}
-                of_8bit = {name: value for name, value in parts.items() if _is_8bit(value)}
-                numbers = {name: value.dequantize() for name, value in of_8bit.items()}
+                numbers = {name: value.dequantize() for name, value in parts.items() if _is_8bit(value)}
                 self.state[part] = {"step": state["step"].clone(), **parts, **numbers}
                 self.param_groups = [{**group, "params": [part]}]
                 try:
@@ -85,7 +84,7 @@ def with_repeatable_steps(cls: Callable[..., torch.optim.Optimizer], seed: int) 
                 finally:
                     del self.state[part]
                 for name, value in numbers.items():
-                    write_8bit(value, of_8bit[name])
+                    write_8bit(value, parts[name])
             state["step"] += 1
 
     return RepeatableSteps
